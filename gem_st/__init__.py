@@ -1,0 +1,12 @@
+"""GEM for Sentence Transformers: one decoder-only LLM that embeds text and keeps generating (arXiv 2506.04344)."""
+
+from .losses import GemLoss
+from .modeling_gem import GemTransformer, gem_attention_mask
+from .training import AlphaSchedule, TwoPhaseLearningRate
+
+# The public name of the class, as numpy does it: checkpoints name `gem_st.GemTransformer`, and carry its file as
+# `gem_st.py`, so that they load alike with and without this package.
+GemTransformer.__module__ = "gem_st"
+
+__all__ = ["AlphaSchedule", "GemLoss", "GemTransformer", "TwoPhaseLearningRate", "gem_attention_mask"]
+__version__ = "0.1.0"

@@ -1,0 +1,52 @@
+"""Measures of the two sides of a GEM model that Sentence Transformers' own evaluators do not cover."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .modeling_gem import next_token_loss
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = 256,
+    batch_size: int = 32,
+) -> float:
+    """Perplexity of a causal language model on texts: exp of the mean loss over all tokens but the first of each.
+
+    Args:
+        model: A ``*ForCausalLM``: ``model[0].model`` of a GEM model, or any base.
+        tokenizer: Its tokenizer.
+        texts: The texts; longer ones are truncated.
+        max_length: Tokens read of each text.
+        batch_size: Texts in a forward pass.
+
+    Returns:
+        Perplexity, per token.
+
+    Raises:
+        ValueError: If no text has two tokens.
+    """
+    model.eval()
+    ids = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    rows = sorted((torch.tensor(row) for row in ids if len(row) > 1), key=len)
+    if not rows:
+        raise ValueError("Perplexity needs at least one text of two tokens or more.")
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        labels = pad_sequence(batch, batch_first=True, padding_value=-100).to(model.device)
+        states = model.base_model(input_ids=labels.clamp(min=0), use_cache=False).last_hidden_state
+        num_targets = sum(len(row) - 1 for row in batch)
+        loss = next_token_loss(states, labels, model.get_output_embeddings(), model.config.get_text_config())
+        total, count = total + loss.item() * num_targets, count + num_targets
+    return math.exp(total / count)

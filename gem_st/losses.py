@@ -1,0 +1,337 @@
+"""GemLoss: mixed next-token prediction beside a contrastive loss, as a Sentence-Transformers loss (paper, section 3)."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.trainer import BaseTrainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from .training import AlphaSchedule
+from .views import TASKS, drop_tokens, join_row, split_rows
+
+logger = logging.get_logger(__name__)
+
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+def info_nce(anchors: Tensor, candidates: Tensor, logit_scale: Tensor | float) -> Tensor:
+    """InfoNCE on scaled cosine similarities: candidate ``i`` is the positive of anchor ``i``, all others negatives.
+
+    Args:
+        anchors: Embeddings. Shape: ``(B, D)``
+        candidates: Embeddings of the positives, then of any further negatives. Shape: ``(at least B, D)``
+        logit_scale: Factor on the similarities (not its log). Shape: ``()`` or ``(1,)``
+
+    Returns:
+        Mean loss in nats. Shape: ``()``
+    """
+    similarities = F.normalize(anchors.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T
+    return F.cross_entropy(similarities * logit_scale, torch.arange(len(anchors), device=anchors.device))
+
+
+class GemLoss(nn.Module):
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        plain_ratio: float = 0.8,
+        tasks: Sequence[str] = ("reconstruction", "continuation"),
+        token_dropout: float = 0.5,
+        alpha: float | Callable[[int, int], float] | None = None,
+        scale: float = 20.0,
+    ) -> None:
+        """
+        Trains a model whose first module is a :class:`gem_st.GemTransformer` by ``(1 - alpha) * ntp + alpha *
+        contrastive``: next-token prediction keeps it a language model and, on rows with a suffix behind the GEM
+        tokens, teaches these to carry the text; the contrastive part spreads their embeddings.
+
+        Each text becomes a row: with probability ``plain_ratio`` plain text with GEM tokens appended, otherwise
+        ``prefix | GEM | suffix`` by one of ``tasks``. One forward pass gives both the next-token loss and the
+        embedding of each prefix.
+
+        Args:
+            model: SentenceTransformer model with a GemTransformer as its first module.
+            plain_ratio: Share of plain rows, in [0, 1] (p in the paper).
+            tasks: Ways to make prefix and suffix, drawn evenly: ``"reconstruction"`` (the text twice),
+                ``"continuation"`` (cut at a random place; the row is then embedded by its first part).
+            token_dropout: Share of tokens deleted for the second view of a text, in [0, 1).
+            alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
+                Defaults to :class:`gem_st.AlphaSchedule`, 0 for 100 steps and then rising.
+            scale: Initial factor on cosine similarities (1 / temperature), in [1, 100]. It is learned with the model.
+
+        References:
+            - GEM: Empowering LLM for both Embedding Generation and Language Understanding, section 3:
+              https://arxiv.org/abs/2506.04344
+
+        Requirements:
+            1. One column of texts (self-supervised: the second view is the text with tokens deleted), or
+            2. (anchor, positive) pairs, (anchor, positive, negative) triplets or n-tuples (supervised).
+
+        Inputs:
+            +-------------------------------------------------+--------+
+            | Texts                                           | Labels |
+            +=================================================+========+
+            | single texts                                    | none   |
+            +-------------------------------------------------+--------+
+            | (anchor, positive) pairs                        | none   |
+            +-------------------------------------------------+--------+
+            | (anchor, positive, negative) triplets           | none   |
+            +-------------------------------------------------+--------+
+            | (anchor, positive, negative_1, ..., negative_n) | none   |
+            +-------------------------------------------------+--------+
+
+        Recommendations:
+            - Train weights kept in float32 with ``bf16=True`` in the training arguments: in bfloat16, steps of a
+              small learning rate are lost to rounding.
+            - Use ``BatchSamplers.NO_DUPLICATES`` with pairs, so that no in-batch negative equals a positive.
+
+        Raises:
+            ValueError: If an option is out of range or the first module is not a GemTransformer.
+
+        Example:
+            ::
+
+                from datasets import Dataset
+                from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+                from gem_st import GemLoss, GemTransformer
+
+                model = SentenceTransformer(modules=[GemTransformer("HuggingFaceTB/SmolLM2-135M")])
+                train_dataset = Dataset.from_dict({"text": ["It's so sunny.", "He took the car to the office."]})
+                trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=GemLoss(model))
+                trainer.train()
+        """
+        super().__init__()
+        gem = model[0] if isinstance(model, nn.Sequential) and len(model) else None
+        if not hasattr(gem, "gem_token_ids"):
+            raise ValueError(
+                f"GemLoss needs a SentenceTransformer whose first module is a GemTransformer, got {type(gem).__name__}. "
+                "Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
+            )
+        _check_range("plain_ratio", plain_ratio, 0.0, 1.0)
+        _check_range("token_dropout", token_dropout, 0.0, 0.99)
+        _check_range("scale", scale, 1.0, 100.0)
+        if unknown := [task for task in tasks if task not in TASKS] or (plain_ratio < 1 and not tasks):
+            raise ValueError(f"tasks must be some of {sorted(TASKS)}, got {tasks!r} (not known: {unknown}).")
+        if alpha is not None and not callable(alpha):
+            _check_range("alpha", alpha, 0.0, 1.0)
+        self.model = model
+        self.plain_ratio = plain_ratio
+        self.tasks = tuple(tasks)
+        self.token_dropout = token_dropout
+        self.alpha = AlphaSchedule() if alpha is None else alpha
+        self._gem = (gem,)  # a tuple, so that the module is not registered twice
+        self._trainer: weakref.ref[BaseTrainer] | None = None
+        with torch.no_grad():
+            gem.logit_scale.fill_(math.log(scale))
+        if plain_ratio < 1:
+            gem.require_attention_mask()
+        self.num_special = _num_leading_special_tokens(gem)
+        _warn_of_low_precision(gem)
+
+    # ---- what the trainer knows
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GemLoss:
+        """Meet the trainer: it moves the loss to its device while it is being built, and checks its data here.
+
+        Sentence Transformers hands a loss neither the trainer nor the step. Both are needed: the step for ``alpha``,
+        the trainer's log for the parts of the loss.
+        """
+        if (trainer := _find_trainer()) is not None:
+            self._trainer = weakref.ref(trainer)
+            _check_dataset(trainer.train_dataset)
+        return super()._apply(fn, recurse)
+
+    @property
+    def trainer(self) -> BaseTrainer | None:
+        """The trainer that uses this loss, or None outside one."""
+        return self._trainer() if self._trainer is not None else None
+
+    def current_alpha(self) -> float:
+        """Weight of the contrastive part at the trainer's optimizer step; in evaluation, at the last step.
+
+        Evaluation losses at different steps can then be compared, e.g. to find the best checkpoint.
+
+        Raises:
+            ValueError: If ``alpha`` is a function and there is no trainer to tell the step.
+        """
+        if not callable(self.alpha):
+            return float(self.alpha)
+        if self.trainer is None:
+            raise ValueError("An alpha schedule needs a SentenceTransformerTrainer; outside one, pass alpha as a number.")
+        last_step = self.trainer.state.max_steps
+        return float(self.alpha(self.trainer.state.global_step if self.model.training else last_step, last_step))
+
+    # ---- the loss
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Loss of one batch.
+
+        Args:
+            sentence_features: For each column, ``input_ids`` and ``attention_mask``. Shape: ``(B, T)`` each
+            labels: None; GemLoss knows positives by their column.
+
+        Returns:
+            ``(1 - alpha) * ntp + alpha * contrastive``. Shape: ``()``
+        """
+        if labels is not None:
+            raise ValueError(
+                "GemLoss takes texts only, but the dataset has a label or score column. Remove it with "
+                "dataset.remove_columns(...), or filter the pairs by it first."
+            )
+        (gem,) = self._gem
+        alpha = self.current_alpha()
+        generator = None if self.model.training else torch.Generator().manual_seed(0)
+        columns = [
+            split_rows(features["input_ids"], features["attention_mask"], gem.gem_token_ids)
+            for features in sentence_features
+        ]
+        device = gem.model.device
+        with torch.no_grad():
+            gem.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+
+        rows, prefixes = self.build_rows([row for column in columns for row in column], generator)
+        output = self.model(_to(rows, device))
+        ntp, embeddings = output["ntp_loss"], output["sentence_embedding"]
+        anchors, candidates = embeddings[: len(columns[0])], embeddings[len(columns[0]) :]
+        if len(columns) == 1:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
+                candidates = self.model(_to(self.build_views(prefixes, generator), device))["sentence_embedding"]
+        contrastive = info_nce(anchors, candidates, output["logit_scale"])
+        self._log(ntp=ntp, contrastive=contrastive, alpha=alpha, scale=output["logit_scale"])
+        return (1 - alpha) * ntp + alpha * contrastive
+
+    def build_rows(
+        self, texts: Sequence[Tensor], generator: torch.Generator | None = None
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Make plain and bottleneck rows of texts (paper, section 3).
+
+        Args:
+            texts: Token ids without padding and GEM tokens. Shape: ``(T_i,)`` each
+            generator: Source of randomness; torch's global one by default.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``labels``, padded on the right, shape ``(B, T)`` each; and the
+            prefix of each row, which its embedding stands for, shape ``(m_i,)`` each.
+        """
+        (gem,) = self._gem
+        max_length = gem.max_seq_length - gem.num_gem_tokens
+        prefixes, rows, labels = [], [], []
+        for text in texts:
+            prefix, suffix = text, None
+            if torch.rand((), generator=generator) >= self.plain_ratio:
+                task = self.tasks[int(torch.randint(len(self.tasks), (), generator=generator))]
+                prefix, suffix = TASKS[task](text, max_length, self.num_special, generator)
+            row, row_labels = join_row(prefix, gem.gem_token_ids, suffix)
+            prefixes.append(prefix), rows.append(row), labels.append(row_labels)
+        batch = gem.pad(rows, padding_side="right")
+        padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        return {**batch, "labels": padded}, prefixes
+
+    def build_views(self, prefixes: Sequence[Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Make the second view of each prefix: some tokens deleted, GEM tokens appended.
+
+        Args:
+            prefixes: Token ids. Shape: ``(m_i,)`` each
+            generator: Source of randomness; torch's global one by default.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, padded on the right. Shape: ``(B, T)`` each
+        """
+        (gem,) = self._gem
+        views = [drop_tokens(prefix, self.token_dropout, self.num_special, generator) for prefix in prefixes]
+        return gem.pad([join_row(view, gem.gem_token_ids)[0] for view in views], padding_side="right")
+
+    def _log(self, **values: Tensor | float) -> None:
+        """Have the trainer average these beside the loss and show them in its log."""
+        if self.trainer is not None:
+            device = self._gem[0].model.device
+            self.trainer.track_loss_components(
+                {name: torch.as_tensor(value, dtype=torch.float32, device=device).squeeze() for name, value in values.items()}
+            )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Options of this loss, for the model card."""
+        return {
+            "plain_ratio": self.plain_ratio,
+            "tasks": list(self.tasks),
+            "token_dropout": self.token_dropout,
+            "alpha": self.alpha if isinstance(self.alpha, float | int) else repr(self.alpha),
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX entry of the paper, for the model card."""
+        return """
+@misc{gem2025,
+    title = {GEM: Empowering LLM for both Embedding Generation and Language Understanding},
+    year = {2025},
+    eprint = {2506.04344},
+    archivePrefix = {arXiv},
+    url = {https://arxiv.org/abs/2506.04344},
+}
+"""
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}.")
+
+
+def _to(features: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in features.items()}
+
+
+def _num_leading_special_tokens(gem: Any) -> int:
+    """Special tokens, BOS in most models, that the tokenizer puts before a text."""
+    special = set(gem.tokenizer.all_special_ids)
+    ids = gem.tokenizer("a")["input_ids"]
+    return next((index for index, token_id in enumerate(ids) if token_id not in special), 0)
+
+
+def _warn_of_low_precision(gem: Any) -> None:
+    dtypes = {p.dtype for p in gem.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if dtypes:
+        logger.warning(
+            f"The weights to be trained are in {', '.join(map(str, dtypes))}, in which small optimizer steps are lost "
+            'to rounding. Load them with model_kwargs={"dtype": "float32"} and set bf16=True in the training '
+            "arguments to compute in bfloat16."
+        )
+
+
+def _find_trainer() -> BaseTrainer | None:
+    """The Sentence-Transformers trainer whose method is running, if any."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(trainer := frame.f_locals.get("self"), BaseTrainer):
+            return trainer
+        frame = frame.f_back
+    return None
+
+
+def _check_dataset(dataset: Any) -> None:
+    """Raise if a training set cannot be learned from, before the first step.
+
+    Raises:
+        ValueError: If it is empty, or a column is known not to hold text.
+    """
+    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        if part is None:
+            continue
+        if hasattr(part, "__len__") and len(part) == 0:
+            raise ValueError("The training set has no rows. Check how it was loaded, filtered or split.")
+        for column, feature in (getattr(part, "features", None) or {}).items():
+            dtype = getattr(feature, "dtype", type(feature).__name__)
+            if dtype not in ("string", "large_string") and column not in ("label", "labels", "score", "scores"):
+                raise ValueError(
+                    f"Column {column!r} holds {dtype}, but GemLoss trains on columns of text. Drop it with "
+                    f"dataset.remove_columns({column!r}), or convert it to strings."
+                )

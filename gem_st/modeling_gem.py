@@ -1,0 +1,775 @@
+"""GEM: one decoder-only language model that embeds text and keeps generating (arXiv 2506.04344).
+
+This file is the whole method at inference time, in the order in which data flows: text -> token ids with GEM
+tokens -> attention mask -> backbone -> embedding, then generation, then saving and loading. A copy of it travels in
+every checkpoint, so it imports only the standard library, torch, transformers and sentence_transformers.
+
+Notation used for tensor shapes:
+
+- ``B``: batch size
+- ``T``: tokens in a row, padding included
+- ``K``: GEM tokens in a row
+- ``D``: width of the hidden states
+- ``V``: vocabulary size, i.e. rows of the embedding matrix
+- ``N``: next-token targets in a batch
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+PREFIX, GEM, SUFFIX = 0, 1, 2
+"""The three segments of a row (paper, section 3): ``prefix (m tokens) | K GEM tokens | suffix (n tokens)``."""
+
+POOLING_MODES = ("mean", "concat")
+MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")
+"""Attention implementations for which transformers builds a mask from an index rule."""
+
+LOGITS_BUDGET = 2**26
+"""Logits above this many elements (256 MiB in float32) are not built at once by :func:`next_token_loss`."""
+
+RESERVED_TOKEN = re.compile(r"^\W*(reserved|unused|place.?holder).*\d\W*$", re.IGNORECASE)
+"""Names of vocabulary entries set aside by a model's authors, such as ``<|reserved_special_token_9|>``."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Token ids -> segments, positions and attention mask
+
+
+def gem_segments(input_ids: Tensor, attention_mask: Tensor, gem_token_ids: Sequence[int]) -> Tensor:
+    """Label every token as ``PREFIX`` (0), ``GEM`` (1) or ``SUFFIX`` (2).
+
+    Args:
+        input_ids: Token ids. Shape: ``(B, T)``
+        attention_mask: True (or 1) for real tokens, False (or 0) for padding, on either side. Shape: ``(B, T)``
+        gem_token_ids: The K ids of the GEM tokens.
+
+    Returns:
+        Segment of each token; a row without GEM tokens is all prefix, padding counts as prefix. Shape: ``(B, T)``
+    """
+    real = attention_mask.bool()
+    is_gem = torch.isin(input_ids, torch.as_tensor(gem_token_ids, device=input_ids.device)) & real
+    is_suffix = (is_gem.cumsum(dim=1) > 0) & ~is_gem & real
+    return is_gem.long() * GEM + is_suffix.long() * SUFFIX
+
+
+def gem_position_ids(segments: Tensor, attention_mask: Tensor) -> Tensor:
+    """Positions in which all GEM tokens of a row share one place, and the suffix starts one further.
+
+    The GEM tokens are then interchangeable slots: K tokens in one row equal K rows of one token each.
+
+    Args:
+        segments: Output of :func:`gem_segments`. Shape: ``(B, T)``
+        attention_mask: True (or 1) for real tokens, on either side. Shape: ``(B, T)``
+
+    Returns:
+        Position of each token, 0 for padding before the first token. Shape: ``(B, T)``
+    """
+    is_gem = segments == GEM
+    follows_gem = F.pad(is_gem[:, :-1], (1, 0)) & is_gem
+    return ((attention_mask.bool() & ~follows_gem).cumsum(dim=1) - 1).clamp(min=0)
+
+
+def gem_mask_function(segments: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The rule of the GEM mask, to be combined with causality: may query ``q`` attend to key ``k``?
+
+    A token sees itself; the prefix is seen by prefix and GEM tokens; GEM and suffix tokens are seen by the suffix
+    (and the prefix, were it not causal, would see nothing else).
+
+    Args:
+        segments: Output of :func:`gem_segments`. Shape: ``(B, T)``
+
+    Returns:
+        A function of (batch, head, query, key) indices, as transformers' ``and_mask_function`` takes it.
+    """
+
+    def may_attend(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        key_in_prefix = segments[batch_idx, kv_idx] == PREFIX
+        query_in_suffix = segments[batch_idx, q_idx] == SUFFIX
+        return (q_idx == kv_idx) | (key_in_prefix != query_in_suffix)
+
+    return may_attend
+
+
+def gem_attention_mask(config: Any, segments: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Any:
+    """The attention mask of the paper (section 3, figure 1), built by transformers for the model's attention.
+
+    For a row ``a b | G H | c d`` (rows are queries, ``x`` marks a key that is attended to)::
+
+            a b G H c d
+          a x . . . . .
+          b x x . . . .
+          G x x x . . .
+          H x x . x . .
+          c . . x x x .
+          d . . x x x x
+
+    The suffix reads the prefix only through the GEM tokens, GEM tokens do not see each other, and everything stays
+    causal. Rows with a suffix, with GEM tokens at the end and without any may stand in one batch.
+
+    Args:
+        config: The model's transformers config; it decides the format (eager, sdpa or flex_attention) and whether
+            there is one mask or one for each layer type.
+        segments: Output of :func:`gem_segments`. Shape: ``(B, T)``
+        attention_mask: True (or 1) for real tokens, on either side. Shape: ``(B, T)``
+        dtype: Data type of the hidden states, used by the additive masks of eager attention.
+
+    Returns:
+        What the backbone takes as ``attention_mask``: a mask of shape ``(B, 1, T, T)`` (sdpa: True means attended
+        to; eager: 0 means attended to), a flex ``BlockMask``, or a dict of these by layer type.
+    """
+    shape_only = segments.new_empty((*segments.shape, 0), dtype=dtype)
+    return create_masks_for_generate(
+        config=config,
+        inputs_embeds=shape_only,
+        attention_mask=attention_mask.bool(),
+        past_key_values=None,
+        and_mask_function=gem_mask_function(segments),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Hidden states -> embedding and next-token loss
+
+
+def pool_gem_tokens(hidden_states: Tensor, segments: Tensor, num_gem_tokens: int, pooling: str) -> Tensor:
+    """The embedding of each row: its hidden states at the GEM tokens, averaged or concatenated (paper, section 3).
+
+    Args:
+        hidden_states: Last hidden states. Shape: ``(B, T, D)``
+        segments: Output of :func:`gem_segments`. Shape: ``(B, T)``
+        num_gem_tokens: K.
+        pooling: ``"mean"`` or ``"concat"``.
+
+    Returns:
+        Shape: ``(B, D)`` for mean, ``(B, K * D)`` for concat
+
+    Raises:
+        ValueError: If a row does not hold exactly K GEM tokens.
+    """
+    is_gem = segments == GEM
+    counts = is_gem.sum(dim=1)
+    if not bool((counts == num_gem_tokens).all()):
+        raise ValueError(
+            f"Every row needs exactly {num_gem_tokens} GEM token(s) to be embedded, but the rows of this batch hold "
+            f"{counts.tolist()}. Build the batch with `preprocess`, and do not truncate it afterwards."
+        )
+    gem_states = hidden_states[is_gem].view(len(hidden_states), num_gem_tokens, -1)
+    return gem_states.mean(dim=1) if pooling == "mean" else gem_states.flatten(1)
+
+
+def next_token_loss(hidden_states: Tensor, labels: Tensor, lm_head: nn.Module, config: Any = None) -> Tensor:
+    """Mean next-token cross-entropy in nats, without building logits for positions that have no target.
+
+    Logits are built at once only while they fit comfortably (``LOGITS_BUDGET``); above that
+    ``torch.nn.functional.linear_cross_entropy`` computes them in pieces, or, where torch or the head does not allow
+    it, a chunked loop that recomputes them in the backward pass. The value is the same to 1e-5.
+
+    Args:
+        hidden_states: Last hidden states. Shape: ``(B, T, D)``
+        labels: Token ids, not shifted; -100 is no target. Shape: ``(B, T)``
+        lm_head: The output projection, D to V.
+        config: The model's config, read for ``final_logit_softcapping``, ``logit_scale`` and ``logits_scaling``.
+
+    Returns:
+        Scalar; 0 (with a gradient of 0) if there is no target. Shape: ``()``
+    """
+    targets = labels[:, 1:]
+    is_target = targets != -100
+    states, targets = hidden_states[:, :-1][is_target], targets[is_target]
+    if len(targets) == 0:
+        return hidden_states.sum() * 0.0
+    num_logits = len(targets) * lm_head.weight.shape[0]
+    if num_logits <= LOGITS_BUDGET:
+        return _token_losses(states, targets, lm_head, config).mean()
+    if hasattr(F, "linear_cross_entropy") and type(lm_head) is nn.Linear and _plain_logits(config):
+        dtype = torch.get_autocast_dtype(states.device.type) if torch.is_autocast_enabled(states.device.type) else None
+        weight, bias = lm_head.weight, lm_head.bias
+        if dtype is not None:
+            states, weight, bias = states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        options = nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(states, weight, targets, linear_bias=bias, options=options)
+    num_chunks = math.ceil(num_logits / LOGITS_BUDGET)
+    losses = [
+        checkpoint(_token_losses, *chunk, lm_head, config, use_reentrant=False)
+        for chunk in zip(states.chunk(num_chunks), targets.chunk(num_chunks), strict=True)
+    ]
+    return torch.cat(losses).mean()
+
+
+def _token_losses(states: Tensor, targets: Tensor, lm_head: nn.Module, config: Any) -> Tensor:
+    """Cross-entropy of each target. Shapes: ``(N, D)``, ``(N,)`` -> ``(N,)``"""
+    logits = lm_head(states).float() * (getattr(config, "logit_scale", None) or 1.0)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def _plain_logits(config: Any) -> bool:
+    """True if the logits are the output of the head, with nothing applied to them."""
+    return not any(getattr(config, key, None) for key in ("logit_scale", "logits_scaling", "final_logit_softcapping"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Vocabulary rows for the GEM tokens
+
+
+def choose_gem_token_ids(
+    tokenizer: PreTrainedTokenizerBase, num_rows: int, num_gem_tokens: int
+) -> tuple[list[int], str]:
+    """Find vocabulary rows for the GEM tokens, preferring rows that nothing else uses.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        num_rows: V, rows of the embedding matrix.
+        num_gem_tokens: K.
+
+    Returns:
+        The K ids and where they come from: ``"padding"`` (rows beyond the tokenizer's last id), ``"reserved"`` (the
+        last tokens named reserved, unused or placeholder) or ``"grown"`` (rows to be added after the last).
+    """
+    vocabulary = tokenizer.get_vocab()
+    first_free = max(vocabulary.values()) + 1
+    if num_rows - first_free >= num_gem_tokens:
+        return list(range(first_free, first_free + num_gem_tokens)), "padding"
+    reserved = sorted(index for token, index in vocabulary.items() if RESERVED_TOKEN.match(token))
+    if len(reserved) >= num_gem_tokens:
+        return reserved[-num_gem_tokens:], "reserved"
+    return list(range(num_rows, num_rows + num_gem_tokens)), "grown"
+
+
+@torch.no_grad()
+def init_gem_rows(weight: Tensor, gem_token_ids: Sequence[int], num_used_rows: int, noise: float = 0.1) -> None:
+    """Write new rows near the mean of the used ones, in place, drawn from torch's global generator.
+
+    Args:
+        weight: Embedding or output matrix. Shape: ``(V, D)``
+        gem_token_ids: The K rows to write.
+        num_used_rows: The rows below this one, other than the GEM rows, are averaged.
+        noise: Standard deviation of the rows around the mean, in units of that of the used rows in each dimension.
+    """
+    is_used = torch.arange(len(weight), device=weight.device) < num_used_rows
+    is_used[list(gem_token_ids)] = False
+    used = weight[is_used]
+    mean, std = used.mean(dim=0, dtype=torch.float32), used.std(dim=0).float()
+    rows = mean.cpu() + noise * std.cpu() * torch.randn(len(gem_token_ids), weight.shape[1])
+    weight[list(gem_token_ids)] = rows.to(weight)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The Sentence-Transformers module
+
+
+class GemTransformer(InputModule):
+    """A decoder-only language model that embeds text through GEM tokens, as a Sentence-Transformers module.
+
+    ``SentenceTransformer(modules=[GemTransformer("meta-llama/Llama-3.2-1B", num_gem_tokens=4)])`` is an embedder to
+    be trained with :class:`gem_st.GemLoss` or any other loss; ``model[0].generate(...)`` is the generator.
+
+    Args:
+        model_name_or_path: Hub id or folder of a decoder-only model with a language-model head, or of a GEM
+            checkpoint, in which case the other settings must be those it was saved with.
+        num_gem_tokens: K, the number of GEM tokens appended to each text.
+        pooling: ``"mean"`` or ``"concat"`` over the hidden states at the GEM tokens.
+        max_seq_length: Tokens in a row, GEM tokens included; longer texts are truncated. Defaults to what tokenizer
+            and model allow.
+        model_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``, e.g. ``{"dtype": torch.float32}``.
+        processor_kwargs: Passed to ``AutoTokenizer.from_pretrained``, e.g. ``{"padding_side": "left"}``.
+        config_kwargs: Passed to ``AutoConfig.from_pretrained``.
+
+    Raises:
+        ValueError: If a setting is out of range, the model is not a causal decoder with an attention that can be
+            masked as K asks for, weights are missing, tokenizer and model do not fit each other, or a GEM checkpoint
+            was saved with other settings.
+
+    Attributes:
+        model: The ``*ForCausalLM``.
+        tokenizer: The base model's tokenizer, unchanged.
+        num_gem_tokens: K.
+        gem_token_ids: Vocabulary rows of the GEM tokens.
+        gem_token_source: Where they come from, see :func:`choose_gem_token_ids`.
+        max_seq_length: Tokens in a row, GEM tokens included.
+        logit_scale: Log of the factor on cosine similarities in :class:`gem_st.GemLoss`. Shape: ``(1,)``
+
+    References:
+        GEM: Empowering LLM for both Embedding Generation and Language Understanding, https://arxiv.org/abs/2506.04344
+    """
+
+    config_file_name = "gem_config.json"
+    remote_code_file_name = "gem_st.py"
+    config_keys = ["num_gem_tokens", "pooling", "max_seq_length", "gem_token_ids", "gem_token_source"]
+    save_in_root = True
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        num_gem_tokens: int = 1,
+        pooling: str = "mean",
+        max_seq_length: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_gem_tokens, int) or num_gem_tokens < 1:
+            raise ValueError(f"num_gem_tokens must be a whole number of 1 or more, got {num_gem_tokens!r}.")
+        if pooling not in POOLING_MODES:
+            raise ValueError(f"pooling must be one of {POOLING_MODES}, got {pooling!r}.")
+        self.num_gem_tokens = num_gem_tokens
+        self.pooling = pooling
+        saved = self._load_gem_config(model_name_or_path, model_kwargs or {})
+        self._check_saved_settings(model_name_or_path, saved)
+
+        self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **(processor_kwargs or {}))
+        self.model = _load_causal_lm(model_name_or_path, model_kwargs or {}, config_kwargs or {})
+        self._check_vocabulary(model_name_or_path)
+        self.max_seq_length = max_seq_length or saved.get("max_seq_length")
+        self.logit_scale = nn.Parameter(torch.tensor([saved.get("logit_scale", math.log(20.0))]))
+
+        if saved:
+            self.gem_token_ids, self.gem_token_source = saved["gem_token_ids"], saved["gem_token_source"]
+        else:
+            self._add_gem_tokens()
+        self._protect_generation()
+        self._check_is_causal(model_name_or_path)
+        if num_gem_tokens > 1:
+            self.require_attention_mask()
+
+    # ---- set-up and checks
+
+    @classmethod
+    def _load_gem_config(cls, model_name_or_path: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The saved settings of a GEM checkpoint; empty for a base model."""
+        return cls.load_config(
+            model_name_or_path,
+            subfolder=hub_kwargs.get("subfolder", ""),
+            token=hub_kwargs.get("token"),
+            cache_folder=hub_kwargs.get("cache_dir"),
+            revision=hub_kwargs.get("revision"),
+            local_files_only=hub_kwargs.get("local_files_only", False),
+        )
+
+    def _check_saved_settings(self, model_name_or_path: str, saved: dict[str, Any]) -> None:
+        for key in ("num_gem_tokens", "pooling"):
+            if saved and saved[key] != getattr(self, key):
+                raise ValueError(
+                    f"{model_name_or_path} is a GEM checkpoint saved with {key}={saved[key]!r}, but "
+                    f"{key}={getattr(self, key)!r} was asked for. Pass {key}={saved[key]!r}, or load it with "
+                    f"SentenceTransformer({str(model_name_or_path)!r}, trust_remote_code=True)."
+                )
+
+    def _check_vocabulary(self, model_name_or_path: str) -> None:
+        num_rows = self.model.get_input_embeddings().weight.shape[0]
+        last_id = max(self.tokenizer.get_vocab().values())
+        if last_id >= num_rows:
+            raise ValueError(
+                f"The tokenizer of {model_name_or_path} produces ids up to {last_id}, but the model has only "
+                f"{num_rows} vocabulary rows. Use the tokenizer the model was trained with, or resize its embeddings."
+            )
+
+    def _add_gem_tokens(self) -> None:
+        """Claim vocabulary rows for the GEM tokens and initialise them."""
+        num_rows = self.model.get_input_embeddings().weight.shape[0]
+        self.gem_token_ids, self.gem_token_source = choose_gem_token_ids(
+            self.tokenizer, num_rows, self.num_gem_tokens
+        )
+        if self.gem_token_source == "grown":
+            self.model.resize_token_embeddings(num_rows + self.num_gem_tokens, mean_resizing=False)
+        num_used_rows = max(self.tokenizer.get_vocab().values()) + 1
+        weights = [self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight]
+        for weight in {id(weight): weight for weight in weights}.values():
+            init_gem_rows(weight, self.gem_token_ids, num_used_rows)
+
+    def _protect_generation(self) -> None:
+        """Have ``generate`` never emit a GEM token, here and wherever the saved ``generation_config`` is read."""
+        config = self.model.generation_config
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), *self.gem_token_ids})
+
+    @torch.no_grad()
+    def _check_is_causal(self, model_name_or_path: str) -> None:
+        """Change the last token of a row: nothing before it may move."""
+        if self.model.config._attn_implementation not in MASKED_ATTENTION:
+            return  # FlashAttention runs on a GPU only, and the model may still be on its way there
+        with _evaluating(self.model):
+            states = self._last_hidden_state(torch.tensor([[0, 1, 2], [0, 1, 3]], device=self.model.device))
+        if not torch.allclose(states[0, :2], states[1, :2], rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"{model_name_or_path} ({self.model.config.model_type}) is not causal: a token sees the tokens after "
+                "it, as in encoder-only models. GEM needs a decoder-only language model, e.g. Llama, Qwen or GPT-Neo."
+            )
+
+    def require_attention_mask(self) -> None:
+        """Make sure that the GEM mask is obeyed, as K > 1 and rows with a suffix need it.
+
+        FlashAttention takes no such mask; the model is then switched to sdpa (or eager), with a warning.
+
+        Raises:
+            ValueError: If the model has no attention that could be masked, e.g. a state-space model.
+        """
+        implementation = self.model.config._attn_implementation
+        if implementation not in MASKED_ATTENTION:
+            masked = "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager"
+            logger.warning(
+                f"attn_implementation={implementation!r} takes no custom mask, which num_gem_tokens > 1 and rows with "
+                f"a suffix need; switching to {masked!r}. Only num_gem_tokens=1 without a suffix runs without a mask."
+            )
+            self.model.set_attn_implementation(masked)
+        if not self._obeys_attention_mask():
+            raise ValueError(
+                f"{self.model.config.model_type} does not obey the GEM attention mask; state-space and recurrent "
+                "models have no attention to mask. It can be used with num_gem_tokens=1, trained on plain rows only: "
+                "GemLoss(model, plain_ratio=1.0)."
+            )
+
+    @torch.no_grad()
+    def _obeys_attention_mask(self) -> bool:
+        """Change the first of two GEM tokens: the second, which must not see it, may not move."""
+        ids = torch.tensor([[0, 1, 3], [0, 2, 3]], device=self.model.device)
+        segments = torch.tensor([[PREFIX, GEM, GEM]], device=ids.device).expand_as(ids)
+        if getattr(self.model, "_is_stateful", False):
+            return False
+        with _evaluating(self.model):
+            first, second = self._last_hidden_state(ids, segments, torch.ones_like(ids))[:, -1]
+        return torch.allclose(first, second, rtol=1e-3, atol=1e-3)
+
+    # ---- properties that Sentence Transformers reads
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens in a row, the K GEM tokens included. Texts are truncated to fit."""
+        return self._max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        model_limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        limit = min(model_limit, self.tokenizer.model_max_length)
+        if value is None:
+            value = int(limit) if limit < 1e9 else 2048
+        if value <= self.num_gem_tokens + 1 or value > model_limit:
+            raise ValueError(
+                f"max_seq_length={value} must be more than num_gem_tokens + 1 = {self.num_gem_tokens + 1}, so that "
+                f"some text is left beside the GEM tokens, and at most the model's context of {model_limit} tokens."
+            )
+        self._max_seq_length = int(value)
+
+    def get_embedding_dimension(self) -> int:
+        """Size of an embedding: D for ``pooling="mean"``, K * D for ``pooling="concat"``."""
+        width = self.model.config.get_text_config().hidden_size
+        return width if self.pooling == "mean" else width * self.num_gem_tokens
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Settings written to ``gem_config.json``; with them a reload is exact."""
+        return {**super().get_config_dict(), "logit_scale": self.logit_scale.item()}
+
+    # ---- text -> token ids
+
+    def preprocess(
+        self, inputs: Sequence[str], prompt: str | None = None, max_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Tokenise texts, truncate them so that K places remain, append the GEM tokens and pad.
+
+        Args:
+            inputs: Texts. A text that spells out the name of a GEM token is embedded as ordinary text.
+            prompt: Put before every text.
+            max_length: Tokens in a row, GEM tokens included, instead of :attr:`max_seq_length`.
+            **kwargs: ``task`` and the like, which Sentence Transformers passes to every module; not used.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (1 for real tokens), padded on the tokenizer's padding side.
+            Shape: ``(B, T)`` each
+
+        Raises:
+            ValueError: If an input is not a string, or no place is left for text.
+        """
+        rows = self._tokenize(inputs, prompt or "", self.max_seq_length if max_length is None else max_length)
+        return self.pad([torch.tensor(row + self.gem_token_ids) for row in rows])
+
+    def _tokenize(self, texts: Sequence[str], prompt: str = "", max_length: int | None = None) -> list[list[int]]:
+        """Token ids of each text as the base's tokenizer gives them, truncated to ``max_length - K``."""
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"Input {index} of {len(texts)} is {text!r:.80} ({type(text).__name__}), but only strings can be "
+                    "embedded or generated from. Convert it to str, or drop it."
+                )
+        if max_length is not None and max_length <= self.num_gem_tokens + 1:
+            raise ValueError(f"max_length={max_length} must be more than num_gem_tokens + 1 = {self.num_gem_tokens + 1}.")
+        texts = [prompt + text for text in texts]
+        if self.gem_token_source == "reserved":
+            texts = [self._defuse(text) for text in texts]
+        truncation = {} if max_length is None else {"truncation": True, "max_length": max_length - self.num_gem_tokens}
+        return self.tokenizer(texts, padding=False, return_attention_mask=False, verbose=False, **truncation)["input_ids"]
+
+    def _defuse(self, text: str) -> str:
+        """Break up the names of GEM tokens in a text, with a zero-width space, so that they are not matched."""
+        for name in self.tokenizer.convert_ids_to_tokens(self.gem_token_ids):
+            text = text.replace(name, f"{name[0]}\u200b{name[1:]}")
+        return text
+
+    def pad(self, rows: Sequence[Tensor], padding_side: str | None = None) -> dict[str, Tensor]:
+        """Pad rows of token ids to one length.
+
+        Args:
+            rows: Token ids. Shape: ``(T_i,)`` each
+            padding_side: ``"left"`` or ``"right"``; defaults to the tokenizer's.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (1 for real tokens). Shape: ``(B, T)`` each
+        """
+        side = padding_side or self.tokenizer.padding_side
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id, padding_side=side),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side),
+        }
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id written into padding; it is never attended to, so that any id does."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token_id for token_id in candidates if token_id is not None)
+
+    # ---- token ids -> embedding
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Embed rows that hold K GEM tokens each, at the end or between a prefix and a suffix.
+
+        Args:
+            features: ``input_ids`` and ``attention_mask``, padded on either side, shape ``(B, T)`` each. If it also
+                holds ``labels`` (token ids, -100 for no target, right padding only, shape ``(B, T)``), the
+                next-token loss is computed too.
+            **kwargs: Not used.
+
+        Returns:
+            ``features`` with ``sentence_embedding`` (shape ``(B, D)``, or ``(B, K * D)`` for concat) and
+            ``token_embeddings`` (shape ``(B, T, D)``) added; with ``labels``, also ``ntp_loss`` (nats a token,
+            shape ``()``) and ``logit_scale`` (the factor itself, shape ``(1,)``).
+
+        Raises:
+            ValueError: If a row does not hold exactly K GEM tokens.
+        """
+        input_ids, attention_mask = features["input_ids"], features["attention_mask"]
+        order = _right_padding_order(attention_mask)
+        if order is not None:
+            input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        segments = gem_segments(input_ids, attention_mask, self.gem_token_ids)
+        needs_mask = self.num_gem_tokens > 1 or bool((segments == SUFFIX).any())
+        states = self._last_hidden_state(input_ids, *((segments, attention_mask) if needs_mask else ()))
+        features["sentence_embedding"] = pool_gem_tokens(states, segments, self.num_gem_tokens, self.pooling)
+        if order is None:
+            features["token_embeddings"] = states
+        else:
+            features["token_embeddings"] = torch.zeros_like(states).scatter(1, order[..., None].expand_as(states), states)
+        if "labels" in features:
+            head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+            features["ntp_loss"] = next_token_loss(states, features["labels"], head, config)
+            features["logit_scale"] = self.logit_scale.exp()
+        return features
+
+    def _last_hidden_state(
+        self, input_ids: Tensor, segments: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Run the backbone on right-padded rows; without ``segments`` as a plain causal model, with no mask at all.
+
+        Causality keeps padding on the right from every real token, so that only the GEM rule needs a mask.
+        Shapes: ``(B, T)`` each -> ``(B, T, D)``
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if segments is not None and attention_mask is not None:
+            inputs["attention_mask"] = gem_attention_mask(self.model.config, segments, attention_mask, self.model.dtype)
+            inputs["position_ids"] = gem_position_ids(segments, attention_mask)
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+
+    # ---- generation
+
+    def generate(
+        self, prompts: str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]], **generate_kwargs: Any
+    ) -> str | list[str]:
+        """Continue text, or answer chat messages, as the language model that this model still is.
+
+        Args:
+            prompts: A text, a list of texts, the messages of a conversation (dicts with ``role`` and ``content``),
+                or a list of such conversations. Messages need a tokenizer with a chat template.
+            **generate_kwargs: Passed to transformers' ``generate``, e.g. ``max_new_tokens=40, do_sample=True``.
+
+        Returns:
+            The new text, without the prompt: a string for a single prompt, otherwise a list of strings. With
+            ``num_return_sequences`` above 1 always a list, all sequences of a prompt in a row.
+
+        Raises:
+            ValueError: If a prompt is not text, or messages are given and the tokenizer has no chat template.
+        """
+        is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
+        batch: list[Any] = [prompts] if is_single else list(prompts)
+        if not batch:
+            return []
+        rows = self._tokenize_chat(batch) if isinstance(batch[0], list) else self._tokenize(batch)
+        empty = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        if any(not row for row in rows) and not empty:
+            raise ValueError("An empty prompt needs a tokenizer with a BOS token to start from; give some text.")
+        inputs = self.pad([torch.tensor(row or empty) for row in rows], padding_side="left")
+        suppressed = sorted({*(generate_kwargs.pop("suppress_tokens", None) or []), *self.gem_token_ids})
+        generate_kwargs = {"pad_token_id": self.pad_token_id, **generate_kwargs, "suppress_tokens": suppressed}
+        with _evaluating(self.model):
+            output = self.model.generate(
+                **{name: tensor.to(self.model.device) for name, tensor in inputs.items()}, **generate_kwargs
+            )
+        new_tokens = getattr(output, "sequences", output)[:, inputs["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        return texts[0] if is_single and len(texts) == 1 else texts
+
+    def _tokenize_chat(self, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "Chat messages were given, but the tokenizer has no chat template. Pass plain text to `generate`, or "
+                "use an instruction-tuned base."
+            )
+        rendered = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(rendered, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    # ---- checkpoints
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Write the ``*ForCausalLM``, the tokenizer, ``gem_config.json`` and this file into a folder.
+
+        Args:
+            output_path: The folder.
+            *args: Not used.
+            safe_serialization: Only True: weights are always safetensors.
+            **kwargs: Passed to ``save_pretrained`` of the model, e.g. ``max_shard_size="5GB"``.
+
+        Raises:
+            ValueError: If ``safe_serialization`` is False.
+        """
+        if not safe_serialization:
+            raise ValueError("GEM checkpoints hold safetensors only; save with safe_serialization=True.")
+        self.model.save_pretrained(output_path, **kwargs)
+        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
+            backend.no_truncation()
+        self.save_tokenizer(output_path)
+        self.save_config(output_path)
+        remote_code = Path(output_path, self.remote_code_file_name)
+        if not remote_code.exists() or not remote_code.samefile(__file__):
+            shutil.copyfile(__file__, remote_code)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        backend: str = "torch",
+        **kwargs: Any,
+    ) -> GemTransformer:
+        """Load a GEM checkpoint from a folder or the Hub, as Sentence Transformers calls it.
+
+        Args:
+            model_name_or_path: Folder or Hub id.
+            subfolder: Folder inside it.
+            token: Hub token.
+            cache_folder: Folder for downloads.
+            revision: Branch, tag or commit.
+            local_files_only: Do not ask the Hub.
+            trust_remote_code: Passed on, for bases that bring code of their own.
+            model_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
+            processor_kwargs: Passed to ``AutoTokenizer.from_pretrained``.
+            config_kwargs: Passed to ``AutoConfig.from_pretrained``.
+            backend: Only ``"torch"``.
+            **kwargs: Not used.
+
+        Raises:
+            ValueError: If the checkpoint holds no GEM settings, or ``backend`` is not ``"torch"``.
+        """
+        if backend != "torch":
+            raise ValueError(f"GEM checkpoints run on backend='torch', got {backend!r}.")
+        hub_kwargs = {
+            "subfolder": subfolder,
+            "token": token,
+            "cache_dir": cache_folder,
+            "revision": revision,
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
+        }
+        saved = cls._load_gem_config(model_name_or_path, hub_kwargs)
+        if not saved:
+            raise ValueError(
+                f"{model_name_or_path} holds no {cls.config_file_name}: it is not a GEM checkpoint. To make one of a "
+                f"base model, use SentenceTransformer(modules=[GemTransformer({str(model_name_or_path)!r})])."
+            )
+        return cls(
+            model_name_or_path,
+            num_gem_tokens=saved["num_gem_tokens"],
+            pooling=saved["pooling"],
+            model_kwargs={**hub_kwargs, **(model_kwargs or {})},
+            processor_kwargs={**hub_kwargs, **(processor_kwargs or {})},
+            config_kwargs={**hub_kwargs, **(config_kwargs or {})},
+        )
+
+
+class _evaluating:
+    """Context in which a module is in evaluation mode; its former mode is restored."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.was_training = module, module.training
+
+    def __enter__(self) -> None:
+        self.module.eval()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.module.train(self.was_training)
+
+
+def _right_padding_order(attention_mask: Tensor) -> Tensor | None:
+    """Indices that move the real tokens of each row to its start, or None if they are there. Shape: ``(B, T)``"""
+    real = attention_mask.bool()
+    if not bool((real[:, 1:] & ~real[:, :-1]).any()):
+        return None
+    return (~real).int().argsort(dim=1, stable=True)
+
+
+def _load_causal_lm(model_name_or_path: str, model_kwargs: dict[str, Any], config_kwargs: dict[str, Any]) -> Any:
+    """Load a decoder with its language-model head, and refuse one of which a weight is missing."""
+    config = AutoConfig.from_pretrained(model_name_or_path, **config_kwargs)
+    needed = "GEM needs a decoder-only language model, e.g. Llama, Qwen or GPT-Neo."
+    if config.is_encoder_decoder:
+        raise ValueError(f"{model_name_or_path} ({config.model_type}) is an encoder-decoder model. {needed}")
+    has_remote_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not has_remote_code:
+        raise ValueError(f"{model_name_or_path} ({config.model_type}) has no causal language-model head. {needed}")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        model_name_or_path, config=config, output_loading_info=True, **model_kwargs
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{model_name_or_path} lacks weights of {type(model).__name__}: {missing}. They would be random; use a "
+            "checkpoint saved with its language-model head (AutoModelForCausalLM, not AutoModel)."
+        )
+    return model

@@ -1,0 +1,110 @@
+"""From texts to training rows: prefix/suffix tasks and the second view (paper, section 3).
+
+Everything here is a function on rows of token ids without padding and GEM tokens, drawn from a torch generator on the
+CPU, so that a seed fixes every cut and deletion on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+NO_TARGET = -100
+"""Label of a token that is no next-token target, as torch's cross-entropy ignores it."""
+
+
+def split_rows(input_ids: Tensor, attention_mask: Tensor, gem_token_ids: Sequence[int]) -> list[Tensor]:
+    """Take padding and GEM tokens out of a batch.
+
+    Args:
+        input_ids: Token ids as ``preprocess`` gives them. Shape: ``(B, T)``
+        attention_mask: 1 for real tokens, on either side. Shape: ``(B, T)``
+        gem_token_ids: The ids of the GEM tokens.
+
+    Returns:
+        The texts' token ids, on the CPU. Shape: ``(T_i,)`` each
+    """
+    ids = input_ids.cpu()
+    keep = attention_mask.cpu().bool() & ~torch.isin(ids, torch.as_tensor(gem_token_ids))
+    return [row[kept] for row, kept in zip(ids, keep, strict=True)]
+
+
+def cut_continuation(
+    row: Tensor, max_length: int, num_special: int = 0, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Continuation: the text up to a uniformly drawn cut, and the rest.
+
+    Args:
+        row: Token ids of a text, special tokens first. Shape: ``(T_i,)``
+        max_length: Tokens that prefix and suffix may have together.
+        num_special: Special tokens at the start (BOS), which belong to the prefix.
+        generator: Source of randomness; torch's global one by default.
+
+    Returns:
+        Prefix and suffix, at least one token of text each; the suffix is empty if the text has fewer than two tokens.
+    """
+    row = row[:max_length]
+    num_cuts = len(row) - num_special - 1
+    if num_cuts < 1:
+        return row, row[:0]
+    cut = num_special + 1 + int(torch.randint(num_cuts, (), generator=generator))
+    return row[:cut], row[cut:]
+
+
+def repeat_for_reconstruction(
+    row: Tensor, max_length: int, num_special: int = 0, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Reconstruction: the whole text, and the same text again without its special tokens.
+
+    A text that does not fit twice is shortened. Arguments and result are those of :func:`cut_continuation`.
+    """
+    row = row[: (max_length + num_special) // 2]
+    return row, row[num_special:]
+
+
+TASKS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "continuation": cut_continuation,
+    "reconstruction": repeat_for_reconstruction,
+}
+"""Ways to make ``prefix | suffix`` of one text, by name."""
+
+
+def drop_tokens(
+    row: Tensor, rate: float, num_special: int = 0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Delete each token of a text with probability ``rate``; special tokens and at least one token stay.
+
+    Args:
+        row: Token ids of a text, special tokens first. Shape: ``(T_i,)``
+        rate: Probability of deletion, in [0, 1).
+        num_special: Special tokens at the start, which are kept.
+        generator: Source of randomness; torch's global one by default.
+
+    Returns:
+        The remaining ids, in order. Shape: ``(at most T_i,)``
+    """
+    draws = torch.rand(len(row), generator=generator)
+    keep = draws >= rate
+    keep[:num_special] = True
+    if len(row) > num_special and not keep[num_special:].any():
+        keep[num_special + int(draws[num_special:].argmax())] = True
+    return row[keep]
+
+
+def join_row(prefix: Tensor, gem_token_ids: Sequence[int], suffix: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Put ``prefix | GEM tokens | suffix`` together, with the next-token targets.
+
+    Args:
+        prefix: Token ids. Shape: ``(m,)``
+        gem_token_ids: The K ids of the GEM tokens.
+        suffix: Token ids, or None. Shape: ``(n,)``
+
+    Returns:
+        Token ids and labels, in which GEM tokens are no targets. The last GEM token predicts the first suffix token.
+        Shape: ``(m + K + n,)`` each
+    """
+    gem = torch.as_tensor(gem_token_ids)
+    tail = prefix[:0] if suffix is None else suffix
+    return torch.cat([prefix, gem, tail]), torch.cat([prefix, torch.full_like(gem, NO_TARGET), tail])
