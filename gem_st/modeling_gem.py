@@ -45,6 +45,9 @@ MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")
 LOGITS_BUDGET = 2**26
 """Logits above this many elements (256 MiB in float32) are not built at once by :func:`next_token_loss`."""
 
+BUCKET_COST = {"cpu": 128}
+"""Padding tokens worth one more pass through the backbone, by device type; 2,048 on accelerators."""
+
 RESERVED_TOKEN = re.compile(r"^\W*(reserved|unused|place.?holder).*\d\W*$", re.IGNORECASE)
 """Names of vocabulary entries set aside by a model's authors, such as ``<|reserved_special_token_9|>``."""
 
@@ -143,6 +146,27 @@ def gem_attention_mask(config: Any, segments: Tensor, attention_mask: Tensor, dt
         past_key_values=None,
         and_mask_function=gem_mask_function(segments),
     )
+
+
+def length_buckets(lengths: Tensor, cost: int) -> list[Tensor]:
+    """Group rows of like length, so that each group is padded to its own longest row.
+
+    Args:
+        lengths: Tokens in each row. Shape: ``(B,)``
+        cost: Padding tokens that one more group is worth; a row starts a new group where it would exceed them.
+
+    Returns:
+        Row indices of each group, longest rows first. Shapes: ``(B_i,)``
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    ordered = lengths[order].tolist()
+    starts, longest, padding = [], ordered[0], 0
+    for index, length in enumerate(ordered):
+        padding += longest - length
+        if padding > cost:
+            starts.append(index)
+            longest, padding = length, 0
+    return list(order.tensor_split(starts))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -574,8 +598,7 @@ class GemTransformer(InputModule):
         if order is not None:
             input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
         segments = gem_segments(input_ids, attention_mask, self.gem_token_ids)
-        needs_mask = self.num_gem_tokens > 1 or bool((segments == SUFFIX).any())
-        states = self._last_hidden_state(input_ids, *((segments, attention_mask) if needs_mask else ()))
+        states = self._hidden_states(input_ids, segments, attention_mask)
         features["sentence_embedding"] = pool_gem_tokens(states, segments, self.num_gem_tokens, self.pooling)
         if order is None:
             features["token_embeddings"] = states
@@ -586,6 +609,31 @@ class GemTransformer(InputModule):
             features["ntp_loss"] = next_token_loss(states, features["labels"], head, config)
             features["logit_scale"] = self.logit_scale.exp()
         return features
+
+    def _hidden_states(self, input_ids: Tensor, segments: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run right-padded rows through the backbone in groups of like length; zeros at padding.
+
+        Sharded training (FSDP, DeepSpeed) needs as many passes on every process, hence one group there.
+        Shapes: ``(B, T)`` each -> ``(B, T, D)``
+        """
+        lengths = attention_mask.sum(dim=1)
+        cost = BUCKET_COST.get(input_ids.device.type, 2048)
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        buckets = [] if is_distributed else length_buckets(lengths, cost)
+        if len(buckets) <= 1:
+            return self._masked_hidden_state(input_ids, segments, attention_mask)
+        states = None
+        for rows in buckets:
+            width = int(lengths[rows[0]])
+            part = self._masked_hidden_state(*(t[rows, :width] for t in (input_ids, segments, attention_mask)))
+            if states is None:
+                states = part.new_zeros((*input_ids.shape, part.shape[-1]))
+            states[rows, :width] = part
+        return states
+
+    def _masked_hidden_state(self, input_ids: Tensor, segments: Tensor, attention_mask: Tensor) -> Tensor:
+        needs_mask = self.num_gem_tokens > 1 or bool((segments == SUFFIX).any())
+        return self._last_hidden_state(input_ids, *((segments, attention_mask) if needs_mask else ()))
 
     def _last_hidden_state(
         self, input_ids: Tensor, segments: Tensor | None = None, attention_mask: Tensor | None = None

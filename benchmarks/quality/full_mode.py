@@ -84,6 +84,7 @@ def train(args: argparse.Namespace, texts: list[str], seed: int) -> tuple[Senten
             warmup_steps=args.warmup,
             weight_decay=0.0,
             bf16=args.dtype == "float32",
+            use_cpu=not torch.cuda.is_available(),
             logging_steps=50,
             save_strategy="no",
             report_to="none",
