@@ -1,5 +1,6 @@
 """GEM for Sentence Transformers: one decoder-only LLM that embeds text and keeps generating (arXiv 2506.04344)."""
 
+from ._version import __version__
 from .losses import GemLoss
 from .modeling_gem import GemTransformer, gem_attention_mask
 from .training import AlphaSchedule, TwoPhaseLearningRate
@@ -8,5 +9,4 @@ from .training import AlphaSchedule, TwoPhaseLearningRate
 # `gem_st.py`, so that they load alike with and without this package.
 GemTransformer.__module__ = "gem_st"
 
-__all__ = ["AlphaSchedule", "GemLoss", "GemTransformer", "TwoPhaseLearningRate", "gem_attention_mask"]
-__version__ = "0.1.0"
+__all__ = ["AlphaSchedule", "GemLoss", "GemTransformer", "TwoPhaseLearningRate", "__version__", "gem_attention_mask"]

@@ -166,7 +166,9 @@ class GemLoss(nn.Module):
         if not callable(self.alpha):
             return float(self.alpha)
         if self.trainer is None:
-            raise ValueError("An alpha schedule needs a SentenceTransformerTrainer; outside one, pass alpha as a number.")
+            raise ValueError(
+                "An alpha schedule needs a SentenceTransformerTrainer; outside one, pass alpha as a number."
+            )
         last_step = self.trainer.state.max_steps
         return float(self.alpha(self.trainer.state.global_step if self.model.training else last_step, last_step))
 
@@ -255,7 +257,10 @@ class GemLoss(nn.Module):
         if self.trainer is not None:
             device = self._gem[0].model.device
             self.trainer.track_loss_components(
-                {name: torch.as_tensor(value, dtype=torch.float32, device=device).squeeze() for name, value in values.items()}
+                {
+                    name: torch.as_tensor(value, dtype=torch.float32, device=device).squeeze()
+                    for name, value in values.items()
+                }
             )
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -368,7 +368,7 @@ class GemTransformer(InputModule):
 
         self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **(processor_kwargs or {}))
         self.model = _load_causal_lm(model_name_or_path, model_kwargs or {}, config_kwargs or {})
-        self._check_vocabulary(model_name_or_path)
+        self._check_vocabulary(model_name_or_path, saved)
         self.max_seq_length = max_seq_length or saved.get("max_seq_length")
         self.logit_scale = nn.Parameter(torch.tensor([saved.get("logit_scale", math.log(20.0))]))
 
@@ -404,7 +404,7 @@ class GemTransformer(InputModule):
                     f"SentenceTransformer({str(model_name_or_path)!r}, trust_remote_code=True)."
                 )
 
-    def _check_vocabulary(self, model_name_or_path: str) -> None:
+    def _check_vocabulary(self, model_name_or_path: str, saved: dict[str, Any]) -> None:
         num_rows = self.model.get_input_embeddings().weight.shape[0]
         last_id = max(self.tokenizer.get_vocab().values())
         if last_id >= num_rows:
@@ -412,13 +412,16 @@ class GemTransformer(InputModule):
                 f"The tokenizer of {model_name_or_path} produces ids up to {last_id}, but the model has only "
                 f"{num_rows} vocabulary rows. Use the tokenizer the model was trained with, or resize its embeddings."
             )
+        if saved and max(saved["gem_token_ids"]) >= num_rows:
+            raise ValueError(
+                f"{model_name_or_path} names gem_token_ids {saved['gem_token_ids']}, but its model has only {num_rows} "
+                "vocabulary rows: weights and gem_config.json are not of one checkpoint. Save or download it again."
+            )
 
     def _add_gem_tokens(self) -> None:
         """Claim vocabulary rows for the GEM tokens and initialise them."""
         num_rows = self.model.get_input_embeddings().weight.shape[0]
-        self.gem_token_ids, self.gem_token_source = choose_gem_token_ids(
-            self.tokenizer, num_rows, self.num_gem_tokens
-        )
+        self.gem_token_ids, self.gem_token_source = choose_gem_token_ids(self.tokenizer, num_rows, self.num_gem_tokens)
         if self.gem_token_source == "grown":
             self.model.resize_token_embeddings(num_rows + self.num_gem_tokens, mean_resizing=False)
         num_used_rows = max(self.tokenizer.get_vocab().values()) + 1
@@ -539,12 +542,16 @@ class GemTransformer(InputModule):
                     "embedded or generated from. Convert it to str, or drop it."
                 )
         if max_length is not None and max_length <= self.num_gem_tokens + 1:
-            raise ValueError(f"max_length={max_length} must be more than num_gem_tokens + 1 = {self.num_gem_tokens + 1}.")
+            raise ValueError(
+                f"max_length={max_length} must be more than num_gem_tokens + 1 = {self.num_gem_tokens + 1}."
+            )
         texts = [prompt + text for text in texts]
         if self.gem_token_source == "reserved":
             texts = [self._defuse(text) for text in texts]
         truncation = {} if max_length is None else {"truncation": True, "max_length": max_length - self.num_gem_tokens}
-        return self.tokenizer(texts, padding=False, return_attention_mask=False, verbose=False, **truncation)["input_ids"]
+        return self.tokenizer(texts, padding=False, return_attention_mask=False, verbose=False, **truncation)[
+            "input_ids"
+        ]
 
     def _defuse(self, text: str) -> str:
         """Break up the names of GEM tokens in a text, with a zero-width space, so that they are not matched."""
@@ -603,7 +610,9 @@ class GemTransformer(InputModule):
         if order is None:
             features["token_embeddings"] = states
         else:
-            features["token_embeddings"] = torch.zeros_like(states).scatter(1, order[..., None].expand_as(states), states)
+            features["token_embeddings"] = torch.zeros_like(states).scatter(
+                1, order[..., None].expand_as(states), states
+            )
         if "labels" in features:
             head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
             features["ntp_loss"] = next_token_loss(states, features["labels"], head, config)

@@ -74,3 +74,4 @@ class TwoPhaseLearningRate(TrainerCallback):
         scheduler.lr_lambdas = [factor] * len(scheduler.lr_lambdas)
         for group, base_rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] = base_rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]  # what the trainer logs

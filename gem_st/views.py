@@ -71,9 +71,7 @@ TASKS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 """Ways to make ``prefix | suffix`` of one text, by name."""
 
 
-def drop_tokens(
-    row: Tensor, rate: float, num_special: int = 0, generator: torch.Generator | None = None
-) -> Tensor:
+def drop_tokens(row: Tensor, rate: float, num_special: int = 0, generator: torch.Generator | None = None) -> Tensor:
     """Delete each token of a text with probability ``rate``; special tokens and at least one token stay.
 
     Args:

@@ -1,0 +1,192 @@
+"""GemLoss in the Sentence-Transformers trainer: logs, schedules, columns, and what is refused before the first step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+from gem_st import AlphaSchedule, GemLoss, TwoPhaseLearningRate
+
+from .conftest import CORPUS
+
+
+def make_trainer(model, folder: Path, dataset=None, *, loss=None, callbacks=None, eval_dataset=None, **kwargs):
+    arguments = SentenceTransformerTrainingArguments(
+        str(folder),
+        **{
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **kwargs,
+        },
+    )
+    return SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"text": CORPUS}) if dataset is None else dataset,
+        eval_dataset=eval_dataset,
+        loss=loss or GemLoss(model),
+        callbacks=callbacks,
+    )
+
+
+def logged(trainer, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def test_the_log_shows_the_parts_unweighted(make_model, tmp_path):
+    model = make_model(num_gem_tokens=2)
+    trainer = make_trainer(model, tmp_path, loss=GemLoss(model, alpha=AlphaSchedule(2, 1.0, 2)))
+    trainer.train()
+    assert logged(trainer, "alpha") == [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
+    for loss, ntp, contrastive, alpha in zip(
+        *(logged(trainer, key) for key in ("loss", "ntp", "contrastive", "alpha")), strict=True
+    ):
+        assert loss == pytest.approx((1 - alpha) * ntp + alpha * contrastive, abs=2e-3)
+        assert ntp > 1
+        assert contrastive > 0
+    scales = logged(trainer, "scale")
+    assert scales[0] == pytest.approx(20.0, abs=1e-3)
+    assert scales[-1] != scales[0]
+
+
+def test_alpha_follows_optimizer_steps_under_gradient_accumulation(make_model, tmp_path):
+    model = make_model()
+    trainer = make_trainer(
+        model, tmp_path, loss=GemLoss(model, alpha=AlphaSchedule(3, 1.0, 0)), gradient_accumulation_steps=3
+    )
+    trainer.train()
+    assert logged(trainer, "alpha") == [0, 0, 0, 1, 1, 1]
+
+
+def test_alpha_and_rate_go_on_after_a_resume(make_model, tmp_path):
+    def run(model, folder, **kwargs):
+        trainer = make_trainer(
+            model,
+            folder,
+            loss=GemLoss(model, alpha=AlphaSchedule(2, 1.0, None)),
+            callbacks=[TwoPhaseLearningRate(num_ntp_steps=2)],
+            save_strategy="steps",
+            save_steps=3,
+        )
+        trainer.train(**kwargs)
+        return trainer
+
+    straight = run(make_model(), tmp_path / "run")
+    resumed = run(make_model(), tmp_path / "other", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    expected = [0, 0, 0, 0.25, 0.5, 0.75]
+    assert logged(straight, "alpha") == expected
+    assert logged(resumed, "alpha") == expected  # the first three come with the checkpoint
+    rates = logged(straight, "learning_rate")
+    assert logged(resumed, "learning_rate") == pytest.approx(rates)
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[2] == pytest.approx(1e-5 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_the_whole_path_of_the_readme_on_a_text_file(make_model, tmp_path):
+    (tmp_path / "wiki.txt").write_text("\n".join(CORPUS))
+    data = load_dataset("text", data_files=str(tmp_path / "wiki.txt"), split="train", cache_dir=str(tmp_path / "cache"))
+    model = make_model(num_gem_tokens=4)
+    before = model.encode(CORPUS, convert_to_tensor=True)
+    make_trainer(model, tmp_path / "out", data, learning_rate=1e-3).train()
+    assert (model.encode(CORPUS, convert_to_tensor=True) - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_neo"])
+def test_training_lowers_both_losses(make_model, tmp_path, architecture):
+    torch.manual_seed(0)
+    model = make_model(architecture, num_gem_tokens=2)
+    loss = GemLoss(model, alpha=0.5)
+    model.eval()
+    features = [model.preprocess(CORPUS)]
+    before = loss(features).item()
+    make_trainer(model, tmp_path, loss=loss, max_steps=30, per_device_train_batch_size=8, learning_rate=5e-3).train()
+    model.eval()
+    assert loss([model.preprocess(CORPUS)]).item() < 0.8 * before
+
+
+def test_pairs_triplets_and_datasets_by_name(make_model, tmp_path):
+    model = make_model(num_gem_tokens=2)
+    columns = {"anchor": CORPUS[:4], "positive": CORPUS[4:], "negative": CORPUS[2:6]}
+    pairs = Dataset.from_dict({key: columns[key] for key in ("anchor", "positive")})
+    triplets = Dataset.from_dict(columns)
+    data = {"pairs": pairs, "triplets": triplets, "texts": Dataset.from_dict({"text": CORPUS})}
+    trainer = make_trainer(model, tmp_path, data, eval_dataset=data, loss=GemLoss(model, alpha=0.5))
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert {f"eval_{name}_loss" for name in data} <= set(metrics)
+
+
+def test_evaluation_loss_is_deterministic_and_at_the_last_alpha(make_model, tmp_path):
+    model = make_model(num_gem_tokens=2)
+    data = Dataset.from_dict({"text": CORPUS})
+    trainer = make_trainer(model, tmp_path, eval_dataset=data, loss=GemLoss(model, alpha=AlphaSchedule(2, 0.8)))
+    trainer.train()
+    first, second = trainer.evaluate()["eval_loss"], trainer.evaluate()["eval_loss"]
+    assert first == second
+    assert logged(trainer, "eval_alpha")[-1] == pytest.approx(0.8, abs=1e-4)
+    assert first == pytest.approx(
+        0.2 * logged(trainer, "eval_ntp")[-1] + 0.8 * logged(trainer, "eval_contrastive")[-1], abs=1e-3
+    )
+
+
+def test_a_loss_given_as_a_function_and_gradient_checkpointing(make_model, tmp_path):
+    model = make_model(num_gem_tokens=2)
+    trainer = make_trainer(model, tmp_path, loss=GemLoss, gradient_checkpointing=True)
+    trainer.train()
+    assert len(logged(trainer, "alpha")) == 6
+
+
+def test_another_loss_of_sentence_transformers_trains_it_too(make_model, tmp_path):
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    model = make_model(num_gem_tokens=2)
+    pairs = Dataset.from_dict({"anchor": CORPUS[:4], "positive": CORPUS[4:]})
+    trainer = make_trainer(
+        model, tmp_path, pairs, loss=MultipleNegativesRankingLoss(model), max_steps=20, learning_rate=5e-3
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": []}, "training set has no rows"),
+        ({"text": ["a", "b"], "number": [1, 2]}, "Column 'number' holds int64"),
+        ({"text": [["a"], ["b"]]}, "Column 'text' holds"),
+    ],
+)
+def test_a_dataset_that_cannot_be_learned_from_is_refused_when_the_trainer_is_made(
+    make_model, tmp_path, columns, message
+):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_model(), tmp_path, Dataset.from_dict(columns))
+
+
+def test_a_score_column_is_refused_at_the_first_step(make_model, tmp_path):
+    data = Dataset.from_dict({"sentence1": CORPUS[:4], "sentence2": CORPUS[4:], "score": [0.1, 0.9, 0.5, 0.2]})
+    with pytest.raises(ValueError, match="label or score column"):
+        make_trainer(make_model(), tmp_path, data).train()
+
+
+def test_low_precision_weights_are_warned_of(make_model, caplog):
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        GemLoss(make_model(model_kwargs={"dtype": torch.bfloat16}), alpha=0.5)
+    transformers_logging.disable_propagation()
+    assert "lost to rounding" in caplog.text
