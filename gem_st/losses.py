@@ -1,4 +1,4 @@
-"""GemLoss: mixed next-token prediction beside a contrastive loss, as a Sentence-Transformers loss (paper, section 3)."""
+"""GemLoss: next-token prediction beside a contrastive loss, as a Sentence-Transformers loss (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from .views import TASKS, drop_tokens, join_row, split_rows
 logger = logging.get_logger(__name__)
 
 MAX_LOGIT_SCALE = math.log(100.0)
+LAST_STEP = 10**9
+"""Step at which an alpha schedule is read in evaluation: its end, whatever the length of the training."""
 
 
 def info_nce(anchors: Tensor, candidates: Tensor, logit_scale: Tensor | float) -> Tensor:
@@ -110,11 +112,11 @@ class GemLoss(nn.Module):
                 trainer.train()
         """
         super().__init__()
-        gem = model[0] if isinstance(model, nn.Sequential) and len(model) else None
+        gem: Any = model[0] if isinstance(model, nn.Sequential) and len(model) else None
         if not hasattr(gem, "gem_token_ids"):
             raise ValueError(
-                f"GemLoss needs a SentenceTransformer whose first module is a GemTransformer, got {type(gem).__name__}. "
-                "Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
+                "GemLoss needs a SentenceTransformer whose first module is a GemTransformer, got "
+                f"{type(gem).__name__}. Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
             )
         _check_range("plain_ratio", plain_ratio, 0.0, 1.0)
         _check_range("token_dropout", token_dropout, 0.0, 0.99)
@@ -128,7 +130,7 @@ class GemLoss(nn.Module):
         self.tasks = tuple(tasks)
         self.token_dropout = token_dropout
         self.alpha = AlphaSchedule() if alpha is None else alpha
-        self._gem = (gem,)  # a tuple, so that the module is not registered twice
+        self._gem: tuple[Any] = (gem,)  # a tuple, so that the module is not registered twice
         self._trainer: weakref.ref[BaseTrainer] | None = None
         with torch.no_grad():
             gem.logit_scale.fill_(math.log(scale))
@@ -169,8 +171,15 @@ class GemLoss(nn.Module):
             raise ValueError(
                 "An alpha schedule needs a SentenceTransformerTrainer; outside one, pass alpha as a number."
             )
-        last_step = self.trainer.state.max_steps
-        return float(self.alpha(self.trainer.state.global_step if self.model.training else last_step, last_step))
+        if not self.model.training:
+            return float(self.alpha(LAST_STEP, LAST_STEP))
+        state = self.trainer.state
+        if state.global_step == 0 and self.alpha(state.max_steps, state.max_steps) == 0:
+            logger.warning_once(
+                f"alpha stays 0 for all {state.max_steps} steps of this training, so that embeddings are not trained "
+                "to differ. Pass alpha=AlphaSchedule(num_ntp_steps=...) with fewer steps, or a number."
+            )
+        return float(self.alpha(state.global_step, state.max_steps))
 
     # ---- the loss
 
@@ -233,7 +242,9 @@ class GemLoss(nn.Module):
                 task = self.tasks[int(torch.randint(len(self.tasks), (), generator=generator))]
                 prefix, suffix = TASKS[task](text, max_length, self.num_special, generator)
             row, row_labels = join_row(prefix, gem.gem_token_ids, suffix)
-            prefixes.append(prefix), rows.append(row), labels.append(row_labels)
+            prefixes.append(prefix)
+            rows.append(row)
+            labels.append(row_labels)
         batch = gem.pad(rows, padding_side="right")
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
         return {**batch, "labels": padded}, prefixes
@@ -325,18 +336,19 @@ def _find_trainer() -> BaseTrainer | None:
 def _check_dataset(dataset: Any) -> None:
     """Raise if a training set cannot be learned from, before the first step.
 
+    Columns are checked where there is one data set; of several, another loss may use some.
+
     Raises:
         ValueError: If it is empty, or a column is known not to hold text.
     """
-    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-        if part is None:
-            continue
-        if hasattr(part, "__len__") and len(part) == 0:
-            raise ValueError("The training set has no rows. Check how it was loaded, filtered or split.")
-        for column, feature in (getattr(part, "features", None) or {}).items():
-            dtype = getattr(feature, "dtype", type(feature).__name__)
-            if dtype not in ("string", "large_string") and column not in ("label", "labels", "score", "scores"):
-                raise ValueError(
-                    f"Column {column!r} holds {dtype}, but GemLoss trains on columns of text. Drop it with "
-                    f"dataset.remove_columns({column!r}), or convert it to strings."
-                )
+    parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+    if any(hasattr(part, "__len__") and len(part) == 0 for part in parts):
+        raise ValueError("The training set has no rows. Check how it was loaded, filtered or split.")
+    features = None if isinstance(dataset, dict) else getattr(dataset, "features", None)
+    for column, feature in (features or {}).items():
+        dtype = getattr(feature, "dtype", type(feature).__name__)
+        if dtype not in ("string", "large_string"):
+            raise ValueError(
+                f"Column {column!r} holds {dtype}, but GemLoss trains on columns of text. Drop it with "
+                f"dataset.remove_columns({column!r}); filter pairs by a label or score first, if you have one."
+            )

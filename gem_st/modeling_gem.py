@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging
 
@@ -48,7 +48,7 @@ LOGITS_BUDGET = 2**26
 BUCKET_COST = {"cpu": 128}
 """Padding tokens worth one more pass through the backbone, by device type; 2,048 on accelerators."""
 
-RESERVED_TOKEN = re.compile(r"^\W*(reserved|unused|place.?holder).*\d\W*$", re.IGNORECASE)
+RESERVED_TOKEN = re.compile(r"^[<\[>{]\W*(reserved|unused|place.?holder).*\d\W*$", re.IGNORECASE)
 """Names of vocabulary entries set aside by a model's authors, such as ``<|reserved_special_token_9|>``."""
 
 
@@ -220,16 +220,20 @@ def next_token_loss(hidden_states: Tensor, labels: Tensor, lm_head: nn.Module, c
     states, targets = hidden_states[:, :-1][is_target], targets[is_target]
     if len(targets) == 0:
         return hidden_states.sum() * 0.0
-    num_logits = len(targets) * lm_head.weight.shape[0]
+    weight, bias = lm_head.get_parameter("weight"), getattr(lm_head, "bias", None)
+    num_logits = len(targets) * weight.shape[0]
     if num_logits <= LOGITS_BUDGET:
         return _token_losses(states, targets, lm_head, config).mean()
     if hasattr(F, "linear_cross_entropy") and type(lm_head) is nn.Linear and _plain_logits(config):
-        dtype = torch.get_autocast_dtype(states.device.type) if torch.is_autocast_enabled(states.device.type) else None
-        weight, bias = lm_head.weight, lm_head.bias
-        if dtype is not None:
-            states, weight, bias = states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        options = nn.LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(states, weight, targets, linear_bias=bias, options=options)
+        device_type = states.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+        return F.linear_cross_entropy(
+            states.to(dtype),
+            weight.to(dtype),
+            targets,
+            linear_bias=None if bias is None else bias.to(dtype),
+            options=nn.LinearCrossEntropyOptions(),
+        )
     num_chunks = math.ceil(num_logits / LOGITS_BUDGET)
     losses = [
         checkpoint(_token_losses, *chunk, lm_head, config, use_reentrant=False)
@@ -342,7 +346,7 @@ class GemTransformer(InputModule):
     config_keys = ["num_gem_tokens", "pooling", "max_seq_length", "gem_token_ids", "gem_token_source"]
     save_in_root = True
 
-    model: PreTrainedModel
+    model: Any  # a PreTrainedModel with a language-model head; typed loosely, as its methods depend on its class
     tokenizer: PreTrainedTokenizerBase
 
     def __init__(
@@ -369,7 +373,7 @@ class GemTransformer(InputModule):
         self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **(processor_kwargs or {}))
         self.model = _load_causal_lm(model_name_or_path, model_kwargs or {}, config_kwargs or {})
         self._check_vocabulary(model_name_or_path, saved)
-        self.max_seq_length = max_seq_length or saved.get("max_seq_length")
+        self.max_seq_length = saved.get("max_seq_length") if max_seq_length is None else max_seq_length
         self.logit_scale = nn.Parameter(torch.tensor([saved.get("logit_scale", math.log(20.0))]))
 
         if saved:
@@ -439,7 +443,7 @@ class GemTransformer(InputModule):
         """Change the last token of a row: nothing before it may move."""
         if self.model.config._attn_implementation not in MASKED_ATTENTION:
             return  # FlashAttention runs on a GPU only, and the model may still be on its way there
-        with _evaluating(self.model):
+        with _Evaluating(self.model):
             states = self._last_hidden_state(torch.tensor([[0, 1, 2], [0, 1, 3]], device=self.model.device))
         if not torch.allclose(states[0, :2], states[1, :2], rtol=1e-3, atol=1e-3):
             raise ValueError(
@@ -477,7 +481,7 @@ class GemTransformer(InputModule):
         segments = torch.tensor([[PREFIX, GEM, GEM]], device=ids.device).expand_as(ids)
         if getattr(self.model, "_is_stateful", False):
             return False
-        with _evaluating(self.model):
+        with _Evaluating(self.model):
             first, second = self._last_hidden_state(ids, segments, torch.ones_like(ids))[:, -1]
         return torch.allclose(first, second, rtol=1e-3, atol=1e-3)
 
@@ -512,7 +516,7 @@ class GemTransformer(InputModule):
 
     # ---- text -> token ids
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]  # texts only, of all that Sentence Transformers may pass
         self, inputs: Sequence[str], prompt: str | None = None, max_length: int | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Tokenise texts, truncate them so that K places remain, append the GEM tokens and pad.
@@ -533,7 +537,9 @@ class GemTransformer(InputModule):
         rows = self._tokenize(inputs, prompt or "", self.max_seq_length if max_length is None else max_length)
         return self.pad([torch.tensor(row + self.gem_token_ids) for row in rows])
 
-    def _tokenize(self, texts: Sequence[str], prompt: str = "", max_length: int | None = None) -> list[list[int]]:
+    def _tokenize(
+        self, texts: Sequence[str], prompt: str = "", max_length: int | None = None, **kwargs: Any
+    ) -> list[list[int]]:
         """Token ids of each text as the base's tokenizer gives them, truncated to ``max_length - K``."""
         for index, text in enumerate(texts):
             if not isinstance(text, str):
@@ -548,10 +554,9 @@ class GemTransformer(InputModule):
         texts = [prompt + text for text in texts]
         if self.gem_token_source == "reserved":
             texts = [self._defuse(text) for text in texts]
-        truncation = {} if max_length is None else {"truncation": True, "max_length": max_length - self.num_gem_tokens}
-        return self.tokenizer(texts, padding=False, return_attention_mask=False, verbose=False, **truncation)[
-            "input_ids"
-        ]
+        if max_length is not None:
+            kwargs |= {"truncation": True, "max_length": max_length - self.num_gem_tokens}
+        return self.tokenizer(texts, padding=False, return_attention_mask=False, verbose=False, **kwargs)["input_ids"]
 
     def _defuse(self, text: str) -> str:
         """Break up the names of GEM tokens in a text, with a zero-width space, so that they are not matched."""
@@ -559,7 +564,7 @@ class GemTransformer(InputModule):
             text = text.replace(name, f"{name[0]}\u200b{name[1:]}")
         return text
 
-    def pad(self, rows: Sequence[Tensor], padding_side: str | None = None) -> dict[str, Tensor]:
+    def pad(self, rows: list[Tensor], padding_side: str | None = None) -> dict[str, Tensor]:
         """Pad rows of token ids to one length.
 
         Args:
@@ -588,8 +593,7 @@ class GemTransformer(InputModule):
 
         Args:
             features: ``input_ids`` and ``attention_mask``, padded on either side, shape ``(B, T)`` each. If it also
-                holds ``labels`` (token ids, -100 for no target, right padding only, shape ``(B, T)``), the
-                next-token loss is computed too.
+                holds ``labels`` (token ids, -100 for no target, shape ``(B, T)``), the next-token loss is computed too.
             **kwargs: Not used.
 
         Returns:
@@ -614,8 +618,9 @@ class GemTransformer(InputModule):
                 1, order[..., None].expand_as(states), states
             )
         if "labels" in features:
+            labels = features["labels"] if order is None else features["labels"].gather(1, order)
             head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
-            features["ntp_loss"] = next_token_loss(states, features["labels"], head, config)
+            features["ntp_loss"] = next_token_loss(states, labels, head, config)
             features["logit_scale"] = self.logit_scale.exp()
         return features
 
@@ -627,17 +632,21 @@ class GemTransformer(InputModule):
         """
         lengths = attention_mask.sum(dim=1)
         cost = BUCKET_COST.get(input_ids.device.type, 2048)
-        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        buckets = [] if is_distributed else length_buckets(lengths, cost)
+        distributed = torch.distributed
+        is_single = not (
+            distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        )
+        buckets = length_buckets(lengths, cost) if is_single else []
         if len(buckets) <= 1:
             return self._masked_hidden_state(input_ids, segments, attention_mask)
-        states = None
+        states: Tensor | None = None
         for rows in buckets:
             width = int(lengths[rows[0]])
             part = self._masked_hidden_state(*(t[rows, :width] for t in (input_ids, segments, attention_mask)))
             if states is None:
                 states = part.new_zeros((*input_ids.shape, part.shape[-1]))
             states[rows, :width] = part
+        assert states is not None  # there are two buckets or more
         return states
 
     def _masked_hidden_state(self, input_ids: Tensor, segments: Tensor, attention_mask: Tensor) -> Tensor:
@@ -688,7 +697,7 @@ class GemTransformer(InputModule):
         inputs = self.pad([torch.tensor(row or empty) for row in rows], padding_side="left")
         suppressed = sorted({*(generate_kwargs.pop("suppress_tokens", None) or []), *self.gem_token_ids})
         generate_kwargs = {"pad_token_id": self.pad_token_id, **generate_kwargs, "suppress_tokens": suppressed}
-        with _evaluating(self.model):
+        with _Evaluating(self.model):
             output = self.model.generate(
                 **{name: tensor.to(self.model.device) for name, tensor in inputs.items()}, **generate_kwargs
             )
@@ -703,7 +712,7 @@ class GemTransformer(InputModule):
                 "use an instruction-tuned base."
             )
         rendered = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(rendered, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return self._tokenize(rendered, add_special_tokens=False)
 
     # ---- checkpoints
 
@@ -739,6 +748,7 @@ class GemTransformer(InputModule):
         cache_folder: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
@@ -755,6 +765,7 @@ class GemTransformer(InputModule):
             cache_folder: Folder for downloads.
             revision: Branch, tag or commit.
             local_files_only: Do not ask the Hub.
+            init_defaults: Not used; all settings are saved.
             trust_remote_code: Passed on, for bases that bring code of their own.
             model_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
             processor_kwargs: Passed to ``AutoTokenizer.from_pretrained``.
@@ -791,7 +802,7 @@ class GemTransformer(InputModule):
         )
 
 
-class _evaluating:
+class _Evaluating:
     """Context in which a module is in evaluation mode; its former mode is restored."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -821,9 +832,10 @@ def _load_causal_lm(model_name_or_path: str, model_kwargs: dict[str, Any], confi
     has_remote_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not has_remote_code:
         raise ValueError(f"{model_name_or_path} ({config.model_type}) has no causal language-model head. {needed}")
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         model_name_or_path, config=config, output_loading_info=True, **model_kwargs
     )
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{model_name_or_path} lacks weights of {type(model).__name__}: {missing}. They would be random; use a "

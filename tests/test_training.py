@@ -164,6 +164,7 @@ def test_another_loss_of_sentence_transformers_trains_it_too(make_model, tmp_pat
     [
         ({"text": []}, "training set has no rows"),
         ({"text": ["a", "b"], "number": [1, 2]}, "Column 'number' holds int64"),
+        ({"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]}, r"Column 'score' holds float64.*filter pairs"),
         ({"text": [["a"], ["b"]]}, "Column 'text' holds"),
     ],
 )
@@ -174,19 +175,11 @@ def test_a_dataset_that_cannot_be_learned_from_is_refused_when_the_trainer_is_ma
         make_trainer(make_model(), tmp_path, Dataset.from_dict(columns))
 
 
-def test_a_score_column_is_refused_at_the_first_step(make_model, tmp_path):
-    data = Dataset.from_dict({"sentence1": CORPUS[:4], "sentence2": CORPUS[4:], "score": [0.1, 0.9, 0.5, 0.2]})
-    with pytest.raises(ValueError, match="label or score column"):
-        make_trainer(make_model(), tmp_path, data).train()
+def test_a_schedule_longer_than_the_training_is_warned_of(make_model, tmp_path, warnings_of_transformers):
+    make_trainer(make_model(), tmp_path, max_steps=1).train()
+    assert "alpha stays 0 for all 1 steps" in warnings_of_transformers.text
 
 
-def test_low_precision_weights_are_warned_of(make_model, caplog):
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.enable_propagation()
-    with caplog.at_level(logging.WARNING):
-        GemLoss(make_model(model_kwargs={"dtype": torch.bfloat16}), alpha=0.5)
-    transformers_logging.disable_propagation()
-    assert "lost to rounding" in caplog.text
+def test_low_precision_weights_are_warned_of(make_model, warnings_of_transformers):
+    GemLoss(make_model(model_kwargs={"dtype": torch.bfloat16}), alpha=0.5)
+    assert "lost to rounding" in warnings_of_transformers.text

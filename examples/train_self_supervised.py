@@ -1,0 +1,54 @@
+"""Train GEM on plain texts, one a line: next-token prediction beside a contrastive loss, no labels.
+
+python examples/train_self_supervised.py --base examples/base-8m --texts examples/data/train.txt --output runs/self
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from datasets import load_dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+from gem_st import AlphaSchedule, GemLoss, GemTransformer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="examples/base-8m")
+    parser.add_argument("--texts", default="examples/data/train.txt")
+    parser.add_argument("--output", default="runs/self-supervised")
+    parser.add_argument("--num-gem-tokens", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=64)
+    args = parser.parse_args()
+
+    # float32 weights: small optimizer steps would be lost to rounding in bfloat16.
+    gem = GemTransformer(args.base, num_gem_tokens=args.num_gem_tokens, model_kwargs={"dtype": torch.float32})
+    model = SentenceTransformer(modules=[gem])
+    model.max_seq_length = 128
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            args.output,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=4e-4,  # for a model of a few million weights; 1e-5 to 1e-4 for billions
+            lr_scheduler_type="cosine",
+            warmup_steps=args.steps // 20,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            bf16=torch.cuda.is_available(),
+        ),
+        train_dataset=load_dataset("text", data_files=args.texts, split="train"),
+        loss=GemLoss(model, alpha=AlphaSchedule(num_ntp_steps=args.steps // 10, num_rise_steps=0)),
+    )
+    trainer.train()
+    model.save_pretrained(args.output)
+    print(model.similarity(*model.encode(["It is raining.", "The rain falls."], convert_to_tensor=True)[:, None]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""README and examples run as they stand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import BASE_8M, CORPUS, ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def run_python(*args: object, cwd: Path) -> str:
+    env = {**os.environ, "HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_snippet_of_the_readme_runs(make_base, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 2
+    code = (
+        "\n".join(blocks).replace("meta-llama/Llama-3.2-1B", str(make_base())).replace("max_steps=1000", "max_steps=2")
+    )
+    assert "max_steps=2" in code
+    (tmp_path / "wiki.txt").write_text("\n".join(CORPUS))
+    (tmp_path / "readme.py").write_text(code)
+    run_python("readme.py", cwd=tmp_path)
+    assert (tmp_path / "gem-llama-1b" / "gem_st.py").exists()
+
+
+def test_the_commands_and_targets_of_the_readme_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"make ([a-z-]+)", README))
+    assert {"demo", "test"} <= named <= targets
+    for path in re.findall(r"\]\(((?:docs|examples|benchmarks)[^)#]*)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_matrix_of_the_readme_is_that_of_the_docstring():
+    from gem_st import gem_attention_mask
+
+    matrix = re.search(r"a b G H c d\n.*d \. \. x x x x", README, flags=re.DOTALL).group()
+    drawn = re.search(r"a b G H c d\n.*d \. \. x x x x", gem_attention_mask.__doc__, flags=re.DOTALL).group()
+    assert [line.strip() for line in matrix.splitlines()] == [line.strip() for line in drawn.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["encode", "train_self_supervised", "train_supervised", "see_the_mask"])
+def test_examples_are_short(name):
+    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 80
+
+
+def test_see_the_mask(tmp_path):
+    output = run_python(ROOT / "examples/see_the_mask.py", "--base", BASE_8M, "--num-gem-tokens", 2, cwd=tmp_path)
+    lines = [line.split() for line in output.splitlines()]
+    assert [line[-1] for line in lines[1:]].count("x") == 1
+    assert "GEM 2" in output
+
+
+@pytest.mark.slow
+def test_training_examples_and_encode(tmp_path):
+    examples = ROOT / "examples"
+    run_python(
+        examples / "train_self_supervised.py",
+        *("--base", BASE_8M, "--texts", examples / "data/train.txt", "--output", "self"),
+        *("--steps", 2, "--batch-size", 8),
+        cwd=tmp_path,
+    )
+    run_python(
+        examples / "train_supervised.py",
+        "--base",
+        BASE_8M,
+        "--output",
+        "pairs",
+        "--steps",
+        2,
+        "--batch-size",
+        8,
+        cwd=tmp_path,
+    )
+    for model in ("self", "pairs"):
+        assert "How do I keep bread fresh?" in run_python(examples / "encode.py", tmp_path / model, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_base_from_a_folder_of_text_writes_text_for_itself(tmp_path):
+    (tmp_path / "texts").mkdir()
+    passages = (ROOT / "examples/data/passages.jsonl").read_text().splitlines()
+    (tmp_path / "texts" / "a.txt").write_text("\n".join(json.loads(line)["text"] for line in passages))
+    run_python(
+        ROOT / "examples/make_base.py",
+        *("--texts", "texts", "--output", "base", "--steps", 2, "--batch-size", 2),
+        *("--length", 64, "--vocab-size", 600, "--width", 64, "--layers", 2),
+        cwd=tmp_path,
+    )
+    from gem_st import GemTransformer
+
+    assert isinstance(GemTransformer(str(tmp_path / "base")).generate("The", max_new_tokens=3), str)
+    run_python(
+        ROOT / "examples/generate_text.py",
+        *("--base", BASE_8M, "--num", 3, "--batch-size", 4, "--output", "made.txt"),
+        cwd=tmp_path,
+    )
+    assert len((tmp_path / "made.txt").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_the_demo_runs_to_its_end(tmp_path):
+    output = run_python(ROOT / "examples/demo.py", "--steps", 4, "--batch-size", 8, "--output", "out", cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["before"]) == set(results["after"])
+    assert len(results["before"]) == 3
+    assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
+    assert "(2, 256)" in output
+    assert "The old man opened the door and" in output

@@ -1,0 +1,59 @@
+"""What ships is what is tested: the wheel, away from the source."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+
+@pytest.mark.slow
+def test_the_wheel_passes_tests_without_the_source(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "gem_st", source / "gem_st", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    run = {"check": True, "capture_output": True, "text": True}
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)],
+        **run,
+    )
+    shutil.rmtree(source)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    files = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("gem_st/")}
+    assert files == {f"gem_st/{path.name}" for path in (ROOT / "gem_st").iterdir() if path.is_file()}
+
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)], **run
+    )
+    tests = tmp_path / "run" / "tests"
+    shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
+    (tests / "test_location.py").write_text(
+        f"import gem_st\n\ndef test_location():\n    assert gem_st.__file__.startswith({str(site)!r})\n"
+    )
+    selection = [str(tests / f"test_{name}.py") for name in ("location", "text", "generate", "loss")]
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection],
+        cwd=tmp_path / "run",
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_file_in_checkpoints_imports_only_what_sentence_transformers_brings():
+    from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+    file = Path(ROOT / "gem_st" / "modeling_gem.py")
+    assert set(get_imports(file)) <= {"torch", "transformers", "sentence_transformers", *sys.stdlib_module_names}
+    assert get_relative_imports(file) == []
