@@ -711,7 +711,7 @@ class GemTransformer(InputModule):
                 "Chat messages were given, but the tokenizer has no chat template. Pass plain text to `generate`, or "
                 "use an instruction-tuned base."
             )
-        rendered = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        rendered: Any = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
         return self._tokenize(rendered, add_special_tokens=False)
 
     # ---- checkpoints

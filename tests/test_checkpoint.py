@@ -207,6 +207,17 @@ def test_resuming_ends_at_the_same_weights(make_model, tmp_path):
     assert straight[0].logit_scale.item() != pytest.approx(np.log(20.0), abs=1e-4)
 
 
+def test_a_loaded_checkpoint_is_trained_further(saved, tmp_path):
+    _, folder = saved
+    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    assert not isinstance(model[0], GemTransformer)  # its class comes with the checkpoint
+    before = model.encode(TEXTS)
+    train(model, tmp_path / "run", eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    assert abs(model.encode(TEXTS) - before).max() > 1e-4
+    again = SentenceTransformer(str(tmp_path / "run" / "checkpoint-4"), trust_remote_code=True, device="cpu")
+    assert again.encode(TEXTS).shape == before.shape
+
+
 def test_shards_are_written_and_read(saved, tmp_path):
     model, _ = saved
     model[0].save(str(tmp_path), max_shard_size="60KB")

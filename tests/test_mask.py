@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -121,6 +123,7 @@ def test_the_suffix_sees_the_prefix_only_through_the_gem_tokens(make_model):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles flex_attention with g++, which is not installed")
 def test_flex_attention_agrees_with_eager(make_model):
     texts = ["Once upon a time there was a village.", "It rained.", ""]
     vectors = {}

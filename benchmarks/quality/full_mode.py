@@ -2,7 +2,7 @@
 
     python benchmarks/quality/full_mode.py --data DATA --base MODELS/base-8m --seeds 0 1 2
 
-DATA holds sts/stsb-{dev,test}.csv and text/*.txt. Choose settings on --split dev; the test split is for the report.
+DATA holds sts/stsb-{dev,test}.csv and text/*.txt. Settings are chosen on the dev split; the test split is the report.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import argparse
 import csv
 import json
 import random
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -27,16 +27,17 @@ from gem_st import AlphaSchedule, GemLoss, GemTransformer
 from gem_st.evaluation import perplexity
 
 TEXTS = {"wiki": "text/wikipedia_sentences.txt", "books": "text/classic_books_sentences_200k.txt"}
+SPLITS = ("dev", "test")
 NUM_HELD_OUT = 400
 
 
-def read_lines(data: Path, names: list[str], num: int) -> list[str]:
-    """The same number of lines of each text file, without the held-out last ones."""
+def read_lines(data: Path, num: int, book_share: float) -> list[str]:
+    """Wikipedia sentences and lines of books, without the held-out last ones."""
     texts = []
-    for name in names:
+    for name, share in (("wiki", 1 - book_share), ("books", book_share)):
         lines = [line.strip() for line in (data / TEXTS[name]).read_text(encoding="utf-8").splitlines()]
         lines = [line for line in lines if line][:-NUM_HELD_OUT]
-        texts += random.Random(0).sample(lines, min(num // len(names), len(lines)))
+        texts += random.Random(0).sample(lines, min(round(num * share), len(lines)))
     return texts
 
 
@@ -57,8 +58,8 @@ def sts_evaluator(data: Path, split: str) -> EmbeddingSimilarityEvaluator:
     )
 
 
-def spearman(model: SentenceTransformer, evaluator: EmbeddingSimilarityEvaluator) -> float:
-    return evaluator(model)[evaluator.primary_metric]
+def spearman(model: SentenceTransformer, evaluators: list[EmbeddingSimilarityEvaluator]) -> np.ndarray:
+    return np.array([evaluator(model)[evaluator.primary_metric] for evaluator in evaluators])
 
 
 def train(args: argparse.Namespace, texts: list[str], seed: int) -> tuple[SentenceTransformer, float]:
@@ -101,9 +102,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--base", required=True)
-    parser.add_argument("--texts", nargs="+", default=["wiki", "books"], choices=sorted(TEXTS))
-    parser.add_argument("--num-texts", type=int, default=20_000)
-    parser.add_argument("--split", default="test", choices=["dev", "test"])
+    parser.add_argument("--num-texts", type=int, default=18_000)
+    parser.add_argument("--book-share", type=float, default=0.25)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-gem-tokens", type=int, default=1)
     parser.add_argument("--steps", type=int, default=300)
@@ -122,30 +122,33 @@ def main() -> None:
     parser.add_argument("--rise-steps", type=int, default=None)
     args = parser.parse_args()
 
-    texts, held_out = read_lines(args.data, args.texts, args.num_texts), read_held_out(args.data)
-    evaluator = sts_evaluator(args.data, args.split)
+    texts, held_out = read_lines(args.data, args.num_texts, args.book_share), read_held_out(args.data)
+    evaluators = [sts_evaluator(args.data, split) for split in SPLITS]
     backbone = Transformer(args.base, model_kwargs={"dtype": "float32"})
     base = SentenceTransformer(modules=[backbone, Pooling(backbone.get_embedding_dimension(), "mean")])
-    before = spearman(base, evaluator)
+    before = spearman(base, evaluators)
     plain = GemTransformer(args.base, model_kwargs={"dtype": "float32"})
     base_perplexity = perplexity(plain.model, plain.tokenizer, held_out)
-    rows = []
+    after, ratios, seconds = [], [], []
     for seed in args.seeds:
-        model, seconds = train(args, texts, seed)
-        after = spearman(model, evaluator)
-        after_perplexity = perplexity(model[0].model.float(), model[0].tokenizer, held_out)
-        rows.append((after, after_perplexity / base_perplexity, seconds))
-        print(f"seed {seed}: {after:.4f}, perplexity x {rows[-1][1]:.3f}, {seconds:.0f} s", flush=True)
+        model, duration = train(args, texts, seed)
+        after.append(spearman(model, evaluators))
+        ratios.append(perplexity(model[0].model.float(), model[0].tokenizer, held_out) / base_perplexity)
+        seconds.append(round(duration))
+        print(
+            f"seed {seed}: dev, test {after[-1].round(4)}, perplexity x {ratios[-1]:.3f}, {duration:.0f} s", flush=True
+        )
     result = {
         "base": Path(args.base).name,
-        "stsb_mean_pooling": round(before, 4),
-        "stsb_gem": [round(row[0], 4) for row in rows],
-        "gain": round(statistics.mean(row[0] for row in rows) - before, 4),
+        **{f"{split}_mean_pooling": round(float(before[i]), 4) for i, split in enumerate(SPLITS)},
+        **{f"{split}_gem": [round(float(row[i]), 4) for row in after] for i, split in enumerate(SPLITS)},
+        **{f"{split}_gain": round(float(np.mean(after, axis=0)[i] - before[i]), 4) for i, split in enumerate(SPLITS)},
         "base_perplexity": round(base_perplexity, 2),
-        "perplexity_ratio": [round(row[1], 3) for row in rows],
-        "seconds": [round(row[2]) for row in rows],
+        "perplexity_ratio": [round(ratio, 3) for ratio in ratios],
+        "seconds": seconds,
         "settings": {key: str(value) for key, value in vars(args).items() if key not in ("data", "base")},
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
     }
     print(json.dumps(result))
 
