@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,31 +12,55 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.trainer import BaseTrainer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerState
 from transformers.utils import logging
 
 from .training import AlphaSchedule
-from .views import TASKS, drop_tokens, join_row, split_rows
+from .views import NO_TARGET, TASKS, drop_tokens, join_row, split_rows
 
 logger = logging.get_logger(__name__)
 
 MAX_LOGIT_SCALE = math.log(100.0)
 LAST_STEP = 10**9
-"""Step at which an alpha schedule is read in evaluation: its end, whatever the length of the training."""
+"""Step at which an alpha schedule is read where there is no training whose last step could be read."""
 
 
-def info_nce(anchors: Tensor, candidates: Tensor, logit_scale: Tensor | float) -> Tensor:
+def info_nce(
+    anchors: Tensor, candidates: Tensor, logit_scale: Tensor | float, same_text: Tensor | None = None
+) -> Tensor:
     """InfoNCE on scaled cosine similarities: candidate ``i`` is the positive of anchor ``i``, all others negatives.
 
     Args:
         anchors: Embeddings. Shape: ``(B, D)``
         candidates: Embeddings of the positives, then of any further negatives. Shape: ``(at least B, D)``
         logit_scale: Factor on the similarities (not its log). Shape: ``()`` or ``(1,)``
+        same_text: True where a candidate is no negative, from :func:`find_same_texts`. Shape: ``(B, at least B)``
 
     Returns:
         Mean loss in nats. Shape: ``()``
     """
     similarities = F.normalize(anchors.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T
-    return F.cross_entropy(similarities * logit_scale, torch.arange(len(anchors), device=anchors.device))
+    logits = similarities * logit_scale
+    if same_text is not None:
+        logits = logits.masked_fill(same_text, -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(anchors), device=anchors.device))
+
+
+def find_same_texts(texts: Sequence[Tensor], num_anchors: int) -> Tensor:
+    """Which candidates spell the same text as an anchor's positive, and are therefore no negatives of it.
+
+    Args:
+        texts: Token ids of each candidate, positives first. Shape: ``(T_i,)`` each
+        num_anchors: B, the number of positives.
+
+    Returns:
+        True for the same text, except for the positive itself. Shape: ``(B, number of candidates)``
+    """
+    keys: dict[tuple[int, ...], int] = {}
+    index = torch.tensor([keys.setdefault(tuple(text.tolist()), len(keys)) for text in texts])
+    same = index[:num_anchors, None] == index
+    return same & ~torch.eye(num_anchors, len(texts), dtype=torch.bool)
 
 
 class GemLoss(nn.Module):
@@ -47,9 +70,9 @@ class GemLoss(nn.Module):
         *,
         plain_ratio: float = 0.8,
         tasks: Sequence[str] = ("reconstruction", "continuation"),
-        token_dropout: float = 0.5,
+        token_dropout: float = 0.7,
         alpha: float | Callable[[int, int], float] | None = None,
-        scale: float = 20.0,
+        scale: float | None = None,
     ) -> None:
         """
         Trains a model whose first module is a :class:`gem_st.GemTransformer` by ``(1 - alpha) * ntp + alpha *
@@ -68,7 +91,8 @@ class GemLoss(nn.Module):
             token_dropout: Share of tokens deleted for the second view of a text, in [0, 1).
             alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
                 Defaults to :class:`gem_st.AlphaSchedule`, 0 for 100 steps and then rising.
-            scale: Initial factor on cosine similarities (1 / temperature), in [1, 100]. It is learned with the model.
+            scale: Initial factor on cosine similarities (1 / temperature), in [1, 100]. It is learned with the model;
+                by default it starts at what the model holds, which is 20 for a new one.
 
         References:
             - GEM: Empowering LLM for both Embedding Generation and Language Understanding, section 3:
@@ -120,7 +144,9 @@ class GemLoss(nn.Module):
             )
         _check_range("plain_ratio", plain_ratio, 0.0, 1.0)
         _check_range("token_dropout", token_dropout, 0.0, 0.99)
-        _check_range("scale", scale, 1.0, 100.0)
+        if scale is not None:
+            _check_range("scale", scale, 1.0, 100.0)
+            nn.init.constant_(gem.logit_scale, math.log(scale))
         if unknown := [task for task in tasks if task not in TASKS] or (plain_ratio < 1 and not tasks):
             raise ValueError(f"tasks must be some of {sorted(TASKS)}, got {tasks!r} (not known: {unknown}).")
         if alpha is not None and not callable(alpha):
@@ -131,55 +157,45 @@ class GemLoss(nn.Module):
         self.token_dropout = token_dropout
         self.alpha = AlphaSchedule() if alpha is None else alpha
         self._gem: tuple[Any] = (gem,)  # a tuple, so that the module is not registered twice
-        self._trainer: weakref.ref[BaseTrainer] | None = None
-        with torch.no_grad():
-            gem.logit_scale.fill_(math.log(scale))
+        gem.check_output_head()
         if plain_ratio < 1:
             gem.require_attention_mask()
         self.num_special = _num_leading_special_tokens(gem)
         _warn_of_low_precision(gem)
 
-    # ---- what the trainer knows
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GemLoss:
-        """Meet the trainer: it moves the loss to its device while it is being built, and checks its data here.
-
-        Sentence Transformers hands a loss neither the trainer nor the step. Both are needed: the step for ``alpha``,
-        the trainer's log for the parts of the loss.
-        """
+        """Check the data: a trainer moves its loss to the device while it is being built, and calls this."""
         if (trainer := _find_trainer()) is not None:
-            self._trainer = weakref.ref(trainer)
-            _check_dataset(trainer.train_dataset)
+            _check_dataset(trainer.train_dataset, "training")
+            _check_dataset(trainer.eval_dataset, "evaluation")
         return super()._apply(fn, recurse)
 
-    @property
-    def trainer(self) -> BaseTrainer | None:
-        """The trainer that uses this loss, or None outside one."""
-        return self._trainer() if self._trainer is not None else None
-
-    def current_alpha(self) -> float:
-        """Weight of the contrastive part at the trainer's optimizer step; in evaluation, at the last step.
+    def current_alpha(self, state: TrainerState | None) -> float:
+        """Weight of the contrastive part at the optimizer step; in evaluation, at the last step.
 
         Evaluation losses at different steps can then be compared, e.g. to find the best checkpoint.
 
+        Args:
+            state: The trainer's, which knows the step.
+
         Raises:
-            ValueError: If ``alpha`` is a function and there is no trainer to tell the step.
+            ValueError: If ``alpha`` is a function and there is no trainer, or it returns a number outside [0, 1].
         """
         if not callable(self.alpha):
             return float(self.alpha)
-        if self.trainer is None:
+        if state is None:
             raise ValueError(
                 "An alpha schedule needs a SentenceTransformerTrainer; outside one, pass alpha as a number."
             )
-        if not self.model.training:
-            return float(self.alpha(LAST_STEP, LAST_STEP))
-        state = self.trainer.state
-        if state.global_step == 0 and self.alpha(state.max_steps, state.max_steps) == 0:
+        last_step = state.max_steps or LAST_STEP  # 0 before a training
+        alpha = float(self.alpha(state.global_step if self._gem[0].training else last_step, last_step))
+        _check_range("alpha", alpha, 0.0, 1.0)
+        if state.global_step == 0 and self.alpha(last_step, last_step) == 0:
             logger.warning_once(
-                f"alpha stays 0 for all {state.max_steps} steps of this training, so that embeddings are not trained "
-                "to differ. Pass alpha=AlphaSchedule(num_ntp_steps=...) with fewer steps, or a number."
+                f"alpha stays 0 for all {last_step} steps of this training, so that embeddings are not trained to "
+                "differ. Pass alpha=AlphaSchedule(num_ntp_steps=...) with fewer steps, or a number."
             )
-        return float(self.alpha(state.global_step, state.max_steps))
+        return alpha
 
     # ---- the loss
 
@@ -199,30 +215,39 @@ class GemLoss(nn.Module):
                 "dataset.remove_columns(...), or filter the pairs by it first."
             )
         (gem,) = self._gem
-        alpha = self.current_alpha()
-        generator = None if self.model.training else torch.Generator().manual_seed(0)
+        trainer = _find_trainer()
+        alpha = self.current_alpha(trainer.state if trainer else None)
+        generator = None if gem.training else torch.Generator().manual_seed(0)
         columns = [
             split_rows(features["input_ids"], features["attention_mask"], gem.gem_token_ids)
             for features in sentence_features
         ]
-        device = gem.model.device
         with torch.no_grad():
             gem.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
-        rows, prefixes = self.build_rows([row for column in columns for row in column], generator)
-        output = self.model(_to(rows, device))
-        ntp, embeddings = output["ntp_loss"], output["sentence_embedding"]
-        anchors, candidates = embeddings[: len(columns[0])], embeddings[len(columns[0]) :]
+        rows, prefixes = self.build_rows([text for column in columns for text in column], generator)
         if len(columns) == 1:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
-                candidates = self.model(_to(self.build_views(prefixes, generator), device))["sentence_embedding"]
-        contrastive = info_nce(anchors, candidates, output["logit_scale"])
-        self._log(ntp=ntp, contrastive=contrastive, alpha=alpha, scale=output["logit_scale"])
+            columns.append(prefixes)
+            rows += self.build_views(prefixes, generator)
+        # One pass through the wrapped model for everything: distributed training allows no more.
+        output = self.model({name: tensor.to(gem.model.device) for name, tensor in self.collate(rows).items()})
+        anchors, candidates = output["sentence_embedding"].split([len(columns[0]), len(rows) - len(columns[0])])
+        same_text = find_same_texts([text for column in columns[1:] for text in column], len(columns[0]))
+        contrastive = info_nce(anchors, candidates, output["logit_scale"], same_text.to(anchors.device))
+        ntp = output["ntp_loss"]
+        if trainer is not None:
+            parts = {"ntp": ntp, "contrastive": contrastive, "alpha": alpha, "scale": output["logit_scale"]}
+            trainer.track_loss_components(
+                {
+                    name: torch.as_tensor(part, dtype=torch.float32, device=ntp.device).squeeze()
+                    for name, part in parts.items()
+                }
+            )
         return (1 - alpha) * ntp + alpha * contrastive
 
     def build_rows(
         self, texts: Sequence[Tensor], generator: torch.Generator | None = None
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
         """Make plain and bottleneck rows of texts (paper, section 3).
 
         Args:
@@ -230,49 +255,49 @@ class GemLoss(nn.Module):
             generator: Source of randomness; torch's global one by default.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and ``labels``, padded on the right, shape ``(B, T)`` each; and the
-            prefix of each row, which its embedding stands for, shape ``(m_i,)`` each.
+            Token ids and labels of each row, as :func:`gem_st.views.join_row` gives them; and the prefix of each row,
+            which its embedding stands for, shape ``(m_i,)`` each.
         """
         (gem,) = self._gem
         max_length = gem.max_seq_length - gem.num_gem_tokens
-        prefixes, rows, labels = [], [], []
+        prefixes, rows = [], []
         for text in texts:
             prefix, suffix = text, None
             if torch.rand((), generator=generator) >= self.plain_ratio:
                 task = self.tasks[int(torch.randint(len(self.tasks), (), generator=generator))]
                 prefix, suffix = TASKS[task](text, max_length, self.num_special, generator)
-            row, row_labels = join_row(prefix, gem.gem_token_ids, suffix)
             prefixes.append(prefix)
-            rows.append(row)
-            labels.append(row_labels)
-        batch = gem.pad(rows, padding_side="right")
-        padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-        return {**batch, "labels": padded}, prefixes
+            rows.append(join_row(prefix, gem.gem_token_ids, suffix))
+        return rows, prefixes
 
-    def build_views(self, prefixes: Sequence[Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Make the second view of each prefix: some tokens deleted, GEM tokens appended.
+    def build_views(
+        self, prefixes: Sequence[Tensor], generator: torch.Generator | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Make the second view of each prefix: some tokens deleted, GEM tokens appended, no next-token targets.
 
         Args:
             prefixes: Token ids. Shape: ``(m_i,)`` each
             generator: Source of randomness; torch's global one by default.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, padded on the right. Shape: ``(B, T)`` each
+            Token ids and labels of each row, shape ``(at most m_i + K,)`` each.
         """
-        (gem,) = self._gem
         views = [drop_tokens(prefix, self.token_dropout, self.num_special, generator) for prefix in prefixes]
-        return gem.pad([join_row(view, gem.gem_token_ids)[0] for view in views], padding_side="right")
+        rows = [join_row(view, self._gem[0].gem_token_ids)[0] for view in views]
+        return [(row, torch.full_like(row, NO_TARGET)) for row in rows]
 
-    def _log(self, **values: Tensor | float) -> None:
-        """Have the trainer average these beside the loss and show them in its log."""
-        if self.trainer is not None:
-            device = self._gem[0].model.device
-            self.trainer.track_loss_components(
-                {
-                    name: torch.as_tensor(value, dtype=torch.float32, device=device).squeeze()
-                    for name, value in values.items()
-                }
-            )
+    def collate(self, rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Pad rows on the right.
+
+        Args:
+            rows: Token ids and labels. Shape: ``(T_i,)`` each
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``labels``. Shape: ``(B, T)`` each
+        """
+        features = self._gem[0].pad([row for row, _ in rows], padding_side="right")
+        labels = pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=NO_TARGET)
+        return {**features, "labels": labels}
 
     def get_config_dict(self) -> dict[str, Any]:
         """Options of this loss, for the model card."""
@@ -302,10 +327,6 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}.")
 
 
-def _to(features: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in features.items()}
-
-
 def _num_leading_special_tokens(gem: Any) -> int:
     """Special tokens, BOS in most models, that the tokenizer puts before a text."""
     special = set(gem.tokenizer.all_special_ids)
@@ -324,7 +345,11 @@ def _warn_of_low_precision(gem: Any) -> None:
 
 
 def _find_trainer() -> BaseTrainer | None:
-    """The Sentence-Transformers trainer whose method is running, if any."""
+    """The Sentence-Transformers trainer whose method is running, if any.
+
+    Sentence Transformers hands a loss neither the trainer nor the step. Both are needed: the step for ``alpha``, the
+    trainer's log for the parts of the loss.
+    """
     frame = inspect.currentframe()
     while frame is not None:
         if isinstance(trainer := frame.f_locals.get("self"), BaseTrainer):
@@ -333,8 +358,8 @@ def _find_trainer() -> BaseTrainer | None:
     return None
 
 
-def _check_dataset(dataset: Any) -> None:
-    """Raise if a training set cannot be learned from, before the first step.
+def _check_dataset(dataset: Any, kind: str) -> None:
+    """Raise if a training or evaluation set cannot be used, before the first step.
 
     Columns are checked where there is one data set; of several, another loss may use some.
 
@@ -343,12 +368,12 @@ def _check_dataset(dataset: Any) -> None:
     """
     parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
     if any(hasattr(part, "__len__") and len(part) == 0 for part in parts):
-        raise ValueError("The training set has no rows. Check how it was loaded, filtered or split.")
+        raise ValueError(f"The {kind} set has no rows. Check how it was loaded, filtered or split.")
     features = None if isinstance(dataset, dict) else getattr(dataset, "features", None)
     for column, feature in (features or {}).items():
         dtype = getattr(feature, "dtype", type(feature).__name__)
         if dtype not in ("string", "large_string"):
             raise ValueError(
-                f"Column {column!r} holds {dtype}, but GemLoss trains on columns of text. Drop it with "
-                f"dataset.remove_columns({column!r}); filter pairs by a label or score first, if you have one."
+                f"Column {column!r} of the {kind} set holds {dtype}, but GemLoss trains on columns of text. Drop it "
+                f"with dataset.remove_columns({column!r}); filter pairs by a label or score first, if you have one."
             )

@@ -19,7 +19,8 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,15 @@ def gem_attention_mask(config: Any, segments: Tensor, attention_mask: Tensor, dt
     Returns:
         What the backbone takes as ``attention_mask``: a mask of shape ``(B, 1, T, T)`` (sdpa: True means attended
         to; eager: 0 means attended to), a flex ``BlockMask``, or a dict of these by layer type.
+
+    Raises:
+        ValueError: If the attention implementation takes no such mask, e.g. FlashAttention-2.
     """
+    if config._attn_implementation not in MASKED_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} takes no custom mask. Use one of {MASKED_ATTENTION}: "
+            'model.set_attn_implementation("sdpa"). Only K = 1 without a suffix runs without a mask.'
+        )
     shape_only = segments.new_empty((*segments.shape, 0), dtype=dtype)
     return create_masks_for_generate(
         config=config,
@@ -204,7 +213,8 @@ def next_token_loss(hidden_states: Tensor, labels: Tensor, lm_head: nn.Module, c
 
     Logits are built at once only while they fit comfortably (``LOGITS_BUDGET``); above that
     ``torch.nn.functional.linear_cross_entropy`` computes them in pieces, or, where torch or the head does not allow
-    it, a chunked loop that recomputes them in the backward pass. The value is the same to 1e-5.
+    it, and in lower precision, in which it adds up losses with an error of several percent, a chunked loop that
+    recomputes them in the backward pass. The value is the same to 1e-5.
 
     Args:
         hidden_states: Last hidden states. Shape: ``(B, T, D)``
@@ -224,16 +234,10 @@ def next_token_loss(hidden_states: Tensor, labels: Tensor, lm_head: nn.Module, c
     num_logits = len(targets) * weight.shape[0]
     if num_logits <= LOGITS_BUDGET:
         return _token_losses(states, targets, lm_head, config).mean()
-    if hasattr(F, "linear_cross_entropy") and type(lm_head) is nn.Linear and _plain_logits(config):
-        device_type = states.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-        return F.linear_cross_entropy(
-            states.to(dtype),
-            weight.to(dtype),
-            targets,
-            linear_bias=None if bias is None else bias.to(dtype),
-            options=nn.LinearCrossEntropyOptions(),
-        )
+    is_exact = states.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
+    if is_exact and hasattr(F, "linear_cross_entropy") and type(lm_head) is nn.Linear and _plain_logits(config):
+        options = nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(states, weight, targets, linear_bias=bias, options=options)
     num_chunks = math.ceil(num_logits / LOGITS_BUDGET)
     losses = [
         checkpoint(_token_losses, *chunk, lm_head, config, use_reentrant=False)
@@ -261,7 +265,7 @@ def _plain_logits(config: Any) -> bool:
 
 
 def choose_gem_token_ids(
-    tokenizer: PreTrainedTokenizerBase, num_rows: int, num_gem_tokens: int
+    tokenizer: PreTrainedTokenizerBase, num_rows: int, num_gem_tokens: int, used_ids: Collection[int] = ()
 ) -> tuple[list[int], str]:
     """Find vocabulary rows for the GEM tokens, preferring rows that nothing else uses.
 
@@ -269,16 +273,18 @@ def choose_gem_token_ids(
         tokenizer: The base model's tokenizer.
         num_rows: V, rows of the embedding matrix.
         num_gem_tokens: K.
+        used_ids: Rows that the model's configuration gives a meaning, e.g. for padding.
 
     Returns:
         The K ids and where they come from: ``"padding"`` (rows beyond the tokenizer's last id), ``"reserved"`` (the
         last tokens named reserved, unused or placeholder) or ``"grown"`` (rows to be added after the last).
     """
     vocabulary = tokenizer.get_vocab()
-    first_free = max(vocabulary.values()) + 1
-    if num_rows - first_free >= num_gem_tokens:
-        return list(range(first_free, first_free + num_gem_tokens)), "padding"
-    reserved = sorted(index for token, index in vocabulary.items() if RESERVED_TOKEN.match(token))
+    padding = [row for row in range(max(vocabulary.values()) + 1, num_rows) if row not in used_ids]
+    if len(padding) >= num_gem_tokens:
+        return padding[:num_gem_tokens], "padding"
+    used_ids = {*used_ids, *tokenizer.all_special_ids}
+    reserved = sorted(row for token, row in vocabulary.items() if RESERVED_TOKEN.match(token) and row not in used_ids)
     if len(reserved) >= num_gem_tokens:
         return reserved[-num_gem_tokens:], "reserved"
     return list(range(num_rows, num_rows + num_gem_tokens)), "grown"
@@ -361,7 +367,7 @@ class GemTransformer(InputModule):
         config_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(num_gem_tokens, int) or num_gem_tokens < 1:
+        if not isinstance(num_gem_tokens, int) or isinstance(num_gem_tokens, bool) or num_gem_tokens < 1:
             raise ValueError(f"num_gem_tokens must be a whole number of 1 or more, got {num_gem_tokens!r}.")
         if pooling not in POOLING_MODES:
             raise ValueError(f"pooling must be one of {POOLING_MODES}, got {pooling!r}.")
@@ -425,7 +431,9 @@ class GemTransformer(InputModule):
     def _add_gem_tokens(self) -> None:
         """Claim vocabulary rows for the GEM tokens and initialise them."""
         num_rows = self.model.get_input_embeddings().weight.shape[0]
-        self.gem_token_ids, self.gem_token_source = choose_gem_token_ids(self.tokenizer, num_rows, self.num_gem_tokens)
+        self.gem_token_ids, self.gem_token_source = choose_gem_token_ids(
+            self.tokenizer, num_rows, self.num_gem_tokens, _configured_ids(self.model)
+        )
         if self.gem_token_source == "grown":
             self.model.resize_token_embeddings(num_rows + self.num_gem_tokens, mean_resizing=False)
         num_used_rows = max(self.tokenizer.get_vocab().values()) + 1
@@ -441,15 +449,20 @@ class GemTransformer(InputModule):
     @torch.no_grad()
     def _check_is_causal(self, model_name_or_path: str) -> None:
         """Change the last token of a row: nothing before it may move."""
+        self._width = self.model.config.get_text_config().hidden_size
         if self.model.config._attn_implementation not in MASKED_ATTENTION:
             return  # FlashAttention runs on a GPU only, and the model may still be on its way there
         with _Evaluating(self.model):
-            states = self._last_hidden_state(torch.tensor([[0, 1, 2], [0, 1, 3]], device=self.model.device))
-        if not torch.allclose(states[0, :2], states[1, :2], rtol=1e-3, atol=1e-3):
+            states = [self._last_hidden_state(self._probe(0, 1, last)) for last in (2, 3)]
+        self._width = states[0].shape[-1]
+        if not torch.equal(states[0][:, :2], states[1][:, :2]):
             raise ValueError(
                 f"{model_name_or_path} ({self.model.config.model_type}) is not causal: a token sees the tokens after "
                 "it, as in encoder-only models. GEM needs a decoder-only language model, e.g. Llama, Qwen or GPT-Neo."
             )
+
+    def _probe(self, *token_ids: int) -> Tensor:
+        return torch.tensor([token_ids], device=self.model.device)
 
     def require_attention_mask(self) -> None:
         """Make sure that the GEM mask is obeyed, as K > 1 and rows with a suffix need it.
@@ -467,23 +480,51 @@ class GemTransformer(InputModule):
                 f"a suffix need; switching to {masked!r}. Only num_gem_tokens=1 without a suffix runs without a mask."
             )
             self.model.set_attn_implementation(masked)
-        if not self._obeys_attention_mask():
+        cause: Exception | None = None
+        try:
+            obeys = self._obeys_attention_mask()
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            obeys, cause = False, error
+        if not obeys:
             raise ValueError(
-                f"{self.model.config.model_type} does not obey the GEM attention mask; state-space and recurrent "
-                "models have no attention to mask. It can be used with num_gem_tokens=1, trained on plain rows only: "
-                "GemLoss(model, plain_ratio=1.0)."
-            )
+                f"{self.model.config.model_type} does not obey the GEM attention mask and positions: state-space and "
+                "recurrent models have no attention to mask, ALiBi models no positions to share. It can be used with "
+                "num_gem_tokens=1, trained on plain rows only: GemLoss(model, plain_ratio=1.0)."
+            ) from cause
 
     @torch.no_grad()
     def _obeys_attention_mask(self) -> bool:
-        """Change the first of two GEM tokens: the second, which must not see it, may not move."""
-        ids = torch.tensor([[0, 1, 3], [0, 2, 3]], device=self.model.device)
-        segments = torch.tensor([[PREFIX, GEM, GEM]], device=ids.device).expand_as(ids)
-        if getattr(self.model, "_is_stateful", False):
-            return False
+        """The second of two GEM tokens may not see the first; nor, to share its position, may positions be ignored."""
+        segments = self._probe(PREFIX, GEM, GEM)
+        real = torch.ones_like(segments)
         with _Evaluating(self.model):
-            first, second = self._last_hidden_state(ids, segments, torch.ones_like(ids))[:, -1]
-        return torch.allclose(first, second, rtol=1e-3, atol=1e-3)
+            masked = [self._last_hidden_state(self._probe(0, i, 3), segments, real)[0, -1] for i in (1, 2)]
+            if not torch.equal(*masked) or self.num_gem_tokens == 1:
+                return torch.equal(*masked)
+            positions = (self._probe(0, 1, 2), self._probe(0, 1, 5))
+            moved = [self._backbone(self._probe(0, 1, 3), position_ids=p).last_hidden_state for p in positions]
+        return not torch.equal(*moved)
+
+    @torch.no_grad()
+    def check_output_head(self) -> None:
+        """Make sure that :func:`next_token_loss` computes the model's own next-token loss.
+
+        Raises:
+            ValueError: If the model does more to its logits than the head and the known factors and caps.
+        """
+        if self.model.config._attn_implementation not in MASKED_ATTENTION:
+            return
+        ids = self._probe(0, 1, 2, 3)
+        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        with _Evaluating(self.model):
+            expected = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            result = next_token_loss(self._last_hidden_state(ids), ids, head, config)
+        if not torch.allclose(result.float(), expected.float(), rtol=1e-2):
+            raise ValueError(
+                f"The next-token loss of {self.model.config.model_type} is {expected:.3f} nats by the model itself, "
+                f"but {result:.3f} by its output head: it changes its logits in a way that is not supported. Train it "
+                "without next-token prediction, by a contrastive loss of Sentence Transformers."
+            )
 
     # ---- properties that Sentence Transformers reads
 
@@ -507,8 +548,7 @@ class GemTransformer(InputModule):
 
     def get_embedding_dimension(self) -> int:
         """Size of an embedding: D for ``pooling="mean"``, K * D for ``pooling="concat"``."""
-        width = self.model.config.get_text_config().hidden_size
-        return width if self.pooling == "mean" else width * self.num_gem_tokens
+        return self._width if self.pooling == "mean" else self._width * self.num_gem_tokens
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings written to ``gem_config.json``; with them a reload is exact."""
@@ -541,6 +581,8 @@ class GemTransformer(InputModule):
         self, texts: Sequence[str], prompt: str = "", max_length: int | None = None, **kwargs: Any
     ) -> list[list[int]]:
         """Token ids of each text as the base's tokenizer gives them, truncated to ``max_length - K``."""
+        if isinstance(texts, str):
+            raise ValueError(f"A list of texts is needed, got the single text {texts!r:.80}. Put it in a list.")
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(
@@ -661,11 +703,16 @@ class GemTransformer(InputModule):
         Causality keeps padding on the right from every real token, so that only the GEM rule needs a mask.
         Shapes: ``(B, T)`` each -> ``(B, T, D)``
         """
-        inputs: dict[str, Any] = {"input_ids": input_ids}
-        if segments is not None and attention_mask is not None:
-            inputs["attention_mask"] = gem_attention_mask(self.model.config, segments, attention_mask, self.model.dtype)
-            inputs["position_ids"] = gem_position_ids(segments, attention_mask)
-        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        if segments is None or attention_mask is None:
+            return self._backbone(input_ids).last_hidden_state
+        mask = gem_attention_mask(self.model.config, segments, attention_mask, self.model.dtype)
+        position_ids = gem_position_ids(segments, attention_mask)
+        return self._backbone(input_ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
+
+    def _backbone(self, input_ids: Tensor, **inputs: Any) -> Any:
+        """Run the model without its language-model head."""
+        backbone = self.model.get_decoder() if self.model.base_model is self.model else self.model.base_model
+        return backbone(input_ids=input_ids, use_cache=False, **inputs)
 
     # ---- generation
 
@@ -686,6 +733,8 @@ class GemTransformer(InputModule):
         Raises:
             ValueError: If a prompt is not text, or messages are given and the tokenizer has no chat template.
         """
+        if not isinstance(prompts, str | list | tuple):
+            raise ValueError(f"Prompts are a text, messages, or a list of either, got {type(prompts).__name__}.")
         is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
         batch: list[Any] = [prompts] if is_single else list(prompts)
         if not batch:
@@ -701,9 +750,15 @@ class GemTransformer(InputModule):
             output = self.model.generate(
                 **{name: tensor.to(self.model.device) for name, tensor in inputs.items()}, **generate_kwargs
             )
-        new_tokens = getattr(output, "sequences", output)[:, inputs["input_ids"].shape[1] :]
-        texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        sequences = getattr(output, "sequences", output)
+        texts = [self._decode_new(sequence, inputs["input_ids"].shape[1]) for sequence in sequences]
         return texts[0] if is_single and len(texts) == 1 else texts
+
+    def _decode_new(self, sequence: Tensor, prompt_length: int) -> str:
+        """Text of the tokens behind a prompt; decoded with it, since some tokenizers drop the first space of a text."""
+        decode: Any = partial(self.tokenizer.decode, skip_special_tokens=True)
+        prompt, whole = decode(sequence[:prompt_length]), decode(sequence)
+        return whole[len(prompt) :] if whole.startswith(prompt) else decode(sequence[prompt_length:])
 
     def _tokenize_chat(self, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
         if self.tokenizer.chat_template is None:
@@ -813,6 +868,16 @@ class _Evaluating:
 
     def __exit__(self, *exc_info: object) -> None:
         self.module.train(self.was_training)
+
+
+def _configured_ids(model: Any) -> set[int]:
+    """Vocabulary rows that a model's configurations give a meaning (padding, start, end)."""
+    ids: set[int] = set()
+    for config in (model.config.get_text_config(), model.generation_config):
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(config, key, None)
+            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return ids
 
 
 def _right_padding_order(attention_mask: Tensor) -> Tensor | None:

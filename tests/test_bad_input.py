@@ -7,7 +7,19 @@ import json
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import BertConfig, BertModel, LlamaModel, MambaConfig, MambaForCausalLM, T5Config, T5Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    T5Config,
+    T5Model,
+)
 
 from gem_st import GemLoss, GemTransformer
 
@@ -28,6 +40,7 @@ def save_base(tmp_path):
     ("settings", "message"),
     [
         ({"num_gem_tokens": 0}, "num_gem_tokens must be a whole number of 1 or more, got 0"),
+        ({"num_gem_tokens": True}, "num_gem_tokens must be a whole number of 1 or more, got True"),
         ({"num_gem_tokens": "4"}, "num_gem_tokens must be a whole number of 1 or more, got '4'"),
         ({"pooling": "max"}, r"pooling must be one of \('mean', 'concat'\), got 'max'"),
         ({"num_gem_tokens": 4, "max_seq_length": 5}, r"max_seq_length=5 must be more than num_gem_tokens \+ 1 = 5"),
@@ -54,11 +67,18 @@ def test_inputs_that_are_not_text(make_model, value):
         make_model().encode(["fine", value])
 
 
+def test_a_single_text_where_a_list_is_needed(make_model):
+    with pytest.raises(ValueError, match="got the single text 'hello'"):
+        make_model().preprocess("hello")
+    with pytest.raises(ValueError, match="Prompts are a text, messages, or a list of either, got NoneType"):
+        make_model()[0].generate(None)
+
+
 def test_an_encoder_only_model(save_base):
     config = BertConfig(
         vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
     )
-    with pytest.raises(ValueError, match=r"needs a decoder-only language model|lacks weights"):
+    with pytest.raises(ValueError, match="lacks weights of BertLMHeadModel"):
         GemTransformer(save_base(BertModel(config)))
 
 
@@ -96,7 +116,7 @@ def test_a_backbone_without_its_head_is_not_given_a_random_one(save_base, make_b
 def test_a_state_space_model_embeds_with_one_token_but_cannot_be_masked(save_base):
     config = MambaConfig(vocab_size=600, hidden_size=32, num_hidden_layers=2, state_size=4, expand=1)
     path = save_base(MambaForCausalLM(config))
-    with pytest.raises(ValueError, match="mamba does not obey the GEM attention mask"):
+    with pytest.raises(ValueError, match="mamba does not obey the GEM attention mask and positions"):
         GemTransformer(path, num_gem_tokens=2)
     model = SentenceTransformer(modules=[GemTransformer(path)], device="cpu")
     vectors = model.encode(["It rained all day.", "It"], convert_to_tensor=True)
@@ -104,6 +124,18 @@ def test_a_state_space_model_embeds_with_one_token_but_cannot_be_masked(save_bas
     with pytest.raises(ValueError, match=r"plain rows only: GemLoss\(model, plain_ratio=1.0\)"):
         GemLoss(model)
     assert torch.isfinite(GemLoss(model, plain_ratio=1.0, alpha=0.5)([model.preprocess(["It rained.", "A boat."])]))
+
+
+def test_convolutions_and_alibi_do_not_pass_for_masked_attention(save_base):
+    sizes = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    hybrid = Lfm2Config(
+        **sizes, intermediate_size=48, num_key_value_heads=2, layer_types=["conv", "full_attention"], pad_token_id=1
+    )
+    with pytest.raises(ValueError, match="lfm2 does not obey"):
+        GemTransformer(save_base(Lfm2ForCausalLM(hybrid)), num_gem_tokens=2)
+    alibi = MptConfig(vocab_size=600, d_model=32, n_layers=2, n_heads=4, max_seq_len=256)
+    with pytest.raises(ValueError, match="mpt does not obey"):
+        GemTransformer(save_base(MptForCausalLM(alibi)), num_gem_tokens=2)
 
 
 def test_a_tokenizer_of_another_model(make_base, tmp_path):
@@ -143,8 +175,10 @@ def test_a_checkpoint_whose_gem_rows_are_gone(make_model, tmp_path):
 
 
 def test_flash_attention_is_switched_where_a_mask_is_needed(make_model, warnings_of_transformers):
-    gem = make_model()[0]
+    gem = make_model(num_gem_tokens=2)[0]
     gem.model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' takes no custom mask"):
+        gem(gem.preprocess(["It rained."]))
     gem.require_attention_mask()
     assert gem.model.config._attn_implementation == "sdpa"
     assert "takes no custom mask" in warnings_of_transformers.text

@@ -101,3 +101,13 @@ def test_small_public_models_train_save_and_reload(name, num_gem_tokens, tmp_pat
     assert np.array_equal(again.encode(texts), model.encode(texts))
     prompt = "Once upon a time"
     assert again[0].generate(prompt, max_new_tokens=8) == gem.generate(prompt, max_new_tokens=8) != ""
+
+
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_a_prompt_and_its_continuation_make_one_text(name):
+    path = SHARED / "models" / name
+    if not path.is_dir():
+        pytest.skip(f"{name} is not at hand: set GEM_ST_SHARED to a folder that holds models/{name}")
+    gem = GemTransformer(str(path))
+    prompt = "Once upon a time there was a"  # the next token starts with a space
+    assert gem.generate(prompt, max_new_tokens=6, do_sample=False).startswith(" ")

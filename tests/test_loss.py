@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gem_st import AlphaSchedule, GemLoss, GemTransformer, TwoPhaseLearningRate
 from gem_st import modeling_gem as modeling
-from gem_st.losses import MAX_LOGIT_SCALE, info_nce
+from gem_st.losses import MAX_LOGIT_SCALE, find_same_texts, info_nce
 from gem_st.views import cut_continuation, drop_tokens, join_row, repeat_for_reconstruction, split_rows
 
 from .conftest import CORPUS
@@ -78,6 +78,22 @@ def test_info_nce_by_hand():
     assert info_nce(anchors, candidates, 2.0).item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_candidate_with_the_text_of_the_positive_is_no_negative():
+    texts = [torch.tensor(text) for text in ([1, 2], [3], [1, 2], [3], [4])]
+    same = find_same_texts(texts, 3)
+    assert same.int().tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [1, 0, 0, 0, 0]]
+    torch.manual_seed(0)
+    anchors, candidates = torch.randn(3, 4), torch.randn(5, 4)
+    kept = info_nce(anchors[:1], candidates[[0, 1, 3, 4]], 5.0)
+    torch.testing.assert_close(info_nce(anchors[:1], candidates, 5.0, same[:1]), kept)
+
+
+def test_repeated_and_empty_texts_are_not_told_apart(model):
+    model.train()
+    loss = GemLoss(model, alpha=1.0, plain_ratio=1.0)
+    assert loss([model.preprocess([""] * 4)]).item() == pytest.approx(0.0, abs=1e-6)
+
+
 def full_logits_loss(states, labels, head):
     logits = head(states)[:, :-1].flatten(0, 1)
     return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
@@ -104,6 +120,16 @@ def test_next_token_loss_is_the_cross_entropy_of_full_logits(monkeypatch, road):
     wanted = torch.autograd.grad(expected, [states, head.weight])
     for gradient, other in zip(torch.autograd.grad(result, [states, head.weight]), wanted, strict=True):
         torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-4)
+
+
+def test_low_precision_does_not_blur_the_loss(monkeypatch):
+    torch.manual_seed(0)
+    states, labels = torch.randn(4, 100, 32), torch.randint(4000, (4, 100))
+    head = torch.nn.Linear(32, 4000, bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = modeling.next_token_loss(states, labels, head)
+        monkeypatch.setattr(modeling, "LOGITS_BUDGET", 10_000)
+        torch.testing.assert_close(modeling.next_token_loss(states, labels, head), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_large_logits_are_never_built_at_once(monkeypatch):
@@ -135,7 +161,7 @@ def test_the_ntp_loss_of_plain_rows_is_the_base_models(model):
     rows, _ = loss.build_rows(texts)
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-100)
     expected = gem.model(input_ids=ids.clamp(min=0), labels=ids).loss
-    torch.testing.assert_close(model(rows)["ntp_loss"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(loss.collate(rows))["ntp_loss"], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_first_suffix_token_is_predicted_from_the_last_gem_token(model):
@@ -156,12 +182,12 @@ def test_rows_follow_plain_ratio_and_tasks(model):
     torch.manual_seed(0)
     texts = [torch.tensor([0, *range(10, 20)])] * 400
     rows, prefixes = GemLoss(model, plain_ratio=0.75, tasks=["reconstruction"]).build_rows(texts)
-    num_real = rows["attention_mask"].sum(1)
-    assert set(num_real.tolist()) == {13, 23}
-    assert 0.70 < (num_real == 13).float().mean() < 0.80
+    lengths = torch.tensor([len(row) for row, _ in rows])
+    assert set(lengths.tolist()) == {13, 23}
+    assert 0.70 < (lengths == 13).float().mean() < 0.80
     assert all(len(prefix) == 11 for prefix in prefixes)
     rows, prefixes = GemLoss(model, plain_ratio=0.0, tasks=["continuation"]).build_rows(texts)
-    assert set(rows["attention_mask"].sum(1).tolist()) == {13}
+    assert {len(row) for row, _ in rows} == {13}
     assert {len(prefix) for prefix in prefixes} == set(range(2, 11))
 
 
@@ -170,7 +196,7 @@ def test_no_row_is_longer_than_the_model_allows(make_model):
     loss = GemLoss(model, plain_ratio=0.0)
     features = model.preprocess(["word " * 100] * 8)
     rows, _ = loss.build_rows(split_rows(*features.values(), model[0].gem_token_ids))
-    assert rows["input_ids"].shape[1] == 16
+    assert max(len(row) for row, _ in rows) == 16
     loss.model.train()
     assert torch.isfinite(GemLoss(model, plain_ratio=0.0, alpha=0.5)([features]))
 
@@ -232,6 +258,9 @@ def test_the_scale_starts_at_20_and_is_clamped(model):
     loss = GemLoss(model, alpha=0.5)
     gem = model[0]
     assert gem.logit_scale.exp().item() == pytest.approx(20.0, rel=1e-6)
+    GemLoss(model, alpha=0.5, scale=30.0)
+    GemLoss(model, alpha=0.5)  # keeps what the model has learned
+    assert gem.logit_scale.exp().item() == pytest.approx(30.0, rel=1e-6)
     features = [model.preprocess(CORPUS)]
     for outside, inside in ((9.0, MAX_LOGIT_SCALE), (-1.0, 0.0)):
         with torch.no_grad():
@@ -297,6 +326,21 @@ def test_a_model_without_gem_is_refused(make_base):
 def test_labels_are_refused(model):
     with pytest.raises(ValueError, match=r"label or score column.*remove_columns"):
         GemLoss(model, alpha=0.5)([model.preprocess(CORPUS)], torch.tensor([1.0]))
+
+
+def test_a_model_that_changes_its_logits_in_a_way_not_known_is_refused(model):
+    model[0].model.config.logits_scaling = 4.0  # read by our loss, not by a Llama
+    with pytest.raises(ValueError, match=r"by the model itself, but .* by its output head"):
+        GemLoss(model)
+
+
+def test_the_loss_can_be_copied_and_pickled(model):
+    import copy
+    import pickle
+
+    loss = GemLoss(model, alpha=0.5)
+    for again in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert again.get_config_dict() == loss.get_config_dict()
 
 
 def test_a_schedule_without_a_trainer_is_refused(model):

@@ -29,6 +29,19 @@ def test_reserved_tokens_are_taken_from_the_end(make_model):
     ]
 
 
+def test_rows_that_mean_padding_are_left_alone(make_base, tmp_path):
+    for file in make_base(num_reserved=8).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.pad_token = "<|reserved_special_token_7|>"
+    tokenizer.save_pretrained(tmp_path)
+    gem = GemTransformer(str(tmp_path), num_gem_tokens=2, config_kwargs={"pad_token_id": tokenizer.pad_token_id - 1})
+    assert gem.tokenizer.convert_ids_to_tokens(gem.gem_token_ids) == [
+        "<|reserved_special_token_4|>",
+        "<|reserved_special_token_5|>",
+    ]
+
+
 def test_otherwise_the_embedding_grows(make_model):
     gem = make_model(num_gem_tokens=2)[0]
     num_tokens = max(gem.tokenizer.get_vocab().values()) + 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +149,55 @@ def test_a_loss_given_as_a_function_and_gradient_checkpointing(make_model, tmp_p
     assert len(logged(trainer, "alpha")) == 6
 
 
+def test_one_loss_in_two_trainers_follows_the_one_that_runs(make_model, tmp_path):
+    model = make_model()
+    loss = GemLoss(model, alpha=AlphaSchedule(1, 1.0, 0))
+    first, second = (make_trainer(model, tmp_path / name, loss=loss) for name in ("a", "b"))
+    first.train()
+    assert logged(first, "alpha") == [0, 1, 1, 1, 1, 1]
+    assert not logged(second, "alpha")
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_like_one_model(make_base, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import sys
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from gem_st import AlphaSchedule, GemLoss, GemTransformer
+
+torch.manual_seed(0)
+model = SentenceTransformer(modules=[GemTransformer({str(make_base())!r}, num_gem_tokens=2)], device="cpu")
+arguments = SentenceTransformerTrainingArguments(
+    sys.argv[1], max_steps=4, per_device_train_batch_size=2, report_to="none", save_strategy="no", use_cpu=True,
+    ddp_backend="gloo", disable_tqdm=True, eval_strategy="steps", eval_steps=2, learning_rate=1e-3,
+)
+data = Dataset.from_dict({{"text": {CORPUS!r}}})
+trainer = SentenceTransformerTrainer(
+    model=model, args=arguments, train_dataset=data, eval_dataset=data,
+    loss=GemLoss(model, alpha=AlphaSchedule(1, 0.5, 0)),
+)
+trainer.train()
+losses = [trainer.evaluate()["eval_loss"] for _ in range(2)]
+assert losses[0] == losses[1], losses
+alphas = {{entry["eval_alpha"] for entry in trainer.state.log_history if "eval_alpha" in entry}}
+assert alphas == {{0.5}}, alphas
+total = sum(p.double().sum() for p in model.parameters())
+sums = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
+torch.distributed.all_gather(sums, total.detach())
+assert sums[0] == sums[1], sums
+torch.distributed.destroy_process_group()
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path / "out")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 def test_another_loss_of_sentence_transformers_trains_it_too(make_model, tmp_path):
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -163,9 +215,12 @@ def test_another_loss_of_sentence_transformers_trains_it_too(make_model, tmp_pat
     ("columns", "message"),
     [
         ({"text": []}, "training set has no rows"),
-        ({"text": ["a", "b"], "number": [1, 2]}, "Column 'number' holds int64"),
-        ({"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]}, r"Column 'score' holds float64.*filter pairs"),
-        ({"text": [["a"], ["b"]]}, "Column 'text' holds"),
+        ({"text": ["a", "b"], "number": [1, 2]}, "Column 'number' of the training set holds int64"),
+        (
+            {"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]},
+            r"Column 'score' of the training set holds float64.*filter pairs",
+        ),
+        ({"text": [["a"], ["b"]]}, "Column 'text' of the training set holds"),
     ],
 )
 def test_a_dataset_that_cannot_be_learned_from_is_refused_when_the_trainer_is_made(
@@ -173,6 +228,14 @@ def test_a_dataset_that_cannot_be_learned_from_is_refused_when_the_trainer_is_ma
 ):
     with pytest.raises(ValueError, match=message):
         make_trainer(make_model(), tmp_path, Dataset.from_dict(columns))
+    with pytest.raises(ValueError, match=message.replace("training", "evaluation")):
+        make_trainer(make_model(), tmp_path, eval_dataset=Dataset.from_dict(columns))
+
+
+def test_an_alpha_out_of_range_is_refused_at_the_first_step(make_model, tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2.0"):
+        make_trainer(model, tmp_path, loss=GemLoss(model, alpha=lambda step, last_step: 2.0)).train()
 
 
 def test_a_schedule_longer_than_the_training_is_warned_of(make_model, tmp_path, warnings_of_transformers):

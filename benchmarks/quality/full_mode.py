@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import random
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -26,19 +27,25 @@ from transformers import set_seed
 from gem_st import AlphaSchedule, GemLoss, GemTransformer
 from gem_st.evaluation import perplexity
 
-TEXTS = {"wiki": "text/wikipedia_sentences.txt", "books": "text/classic_books_sentences_200k.txt"}
+TEXTS = {
+    "wiki": "text/wikipedia_sentences.txt",
+    "books": "text/classic_books_sentences_200k.txt",
+    "stories": "text/tiny_stories_944k.txt",
+}
 SPLITS = ("dev", "test")
 NUM_HELD_OUT = 400
 
 
-def read_lines(data: Path, num: int, book_share: float) -> list[str]:
-    """Wikipedia sentences and lines of books, without the held-out last ones."""
-    texts = []
-    for name, share in (("wiki", 1 - book_share), ("books", book_share)):
-        lines = [line.strip() for line in (data / TEXTS[name]).read_text(encoding="utf-8").splitlines()]
-        lines = [line for line in lines if line][:-NUM_HELD_OUT]
-        texts += random.Random(0).sample(lines, min(round(num * share), len(lines)))
-    return texts
+def read_sentences(data: Path, num: int, shares: dict[str, float]) -> list[str]:
+    """Sentences of each text in its share, without the last ones, which are held out."""
+    sentences = []
+    for name, share in shares.items():
+        lines = (data / TEXTS[name]).read_text(encoding="utf-8").splitlines()
+        if name == "stories":
+            lines = [piece for line in lines for piece in re.split(r"(?<=[.!?])\s+", line)]
+        lines = [line.strip() for line in lines if len(line.split()) > 3][:-NUM_HELD_OUT]
+        sentences += random.Random(0).sample(lines, min(round(num * share), len(lines)))
+    return sentences
 
 
 def read_held_out(data: Path) -> list[str]:
@@ -103,7 +110,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--base", required=True)
     parser.add_argument("--num-texts", type=int, default=18_000)
-    parser.add_argument("--book-share", type=float, default=0.25)
+    parser.add_argument("--texts", nargs="+", default=["wiki=0.75", "books=0.25"], help=f"NAME=SHARE of {[*TEXTS]}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-gem-tokens", type=int, default=1)
     parser.add_argument("--steps", type=int, default=300)
@@ -122,7 +129,8 @@ def main() -> None:
     parser.add_argument("--rise-steps", type=int, default=None)
     args = parser.parse_args()
 
-    texts, held_out = read_lines(args.data, args.num_texts, args.book_share), read_held_out(args.data)
+    shares = {name: float(share) for name, share in (text.split("=") for text in args.texts)}
+    texts, held_out = read_sentences(args.data, args.num_texts, shares), read_held_out(args.data)
     evaluators = [sts_evaluator(args.data, split) for split in SPLITS]
     backbone = Transformer(args.base, model_kwargs={"dtype": "float32"})
     base = SentenceTransformer(modules=[backbone, Pooling(backbone.get_embedding_dimension(), "mean")])
