@@ -91,8 +91,7 @@ def test_alpha_and_rate_go_on_after_a_resume(make_model, tmp_path):
     assert logged(resumed, "alpha") == expected  # the first three come with the checkpoint
     rates = logged(straight, "learning_rate")
     assert logged(resumed, "learning_rate") == pytest.approx(rates)
-    assert rates[0] == pytest.approx(1e-4)
-    assert rates[2] == pytest.approx(1e-5 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert rates[:4] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5 * 0.5 * (1 + math.cos(math.pi / 4))])
 
 
 def test_the_whole_path_of_the_readme_on_a_text_file(make_model, tmp_path):
@@ -172,7 +171,7 @@ from gem_st import AlphaSchedule, GemLoss, GemTransformer
 torch.manual_seed(0)
 model = SentenceTransformer(modules=[GemTransformer({str(make_base())!r}, num_gem_tokens=2)], device="cpu")
 arguments = SentenceTransformerTrainingArguments(
-    sys.argv[1], max_steps=4, per_device_train_batch_size=2, report_to="none", save_strategy="no", use_cpu=True,
+    sys.argv[1], max_steps=4, per_device_train_batch_size=2, per_device_eval_batch_size=2, report_to="none", save_strategy="no", use_cpu=True,
     ddp_backend="gloo", disable_tqdm=True, eval_strategy="steps", eval_steps=2, learning_rate=1e-3,
 )
 data = Dataset.from_dict({{"text": {CORPUS!r}}})
