@@ -80,7 +80,7 @@ def evaluate(model: SentenceTransformer, evaluators: dict) -> dict[str, float]:
 
 def train(model: SentenceTransformer, args: argparse.Namespace) -> list[dict]:
     """Train on the sentences that the base model wrote; returns the trainer's log."""
-    loss = GemLoss(model, alpha=AlphaSchedule(num_ntp_steps=args.steps // 10, final=0.9, num_rise_steps=0))
+    loss = GemLoss(model, alpha=AlphaSchedule(num_ntp_steps=args.steps // 10, final=0.65, num_rise_steps=0))
     arguments = SentenceTransformerTrainingArguments(
         str(args.output / "trainer"),
         max_steps=args.steps,
@@ -88,7 +88,7 @@ def train(model: SentenceTransformer, args: argparse.Namespace) -> list[dict]:
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 20,
-        logging_steps=5,
+        logging_steps=10,
         save_strategy="no",
         report_to="none",
         seed=args.seed,
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--data", type=Path, default=DATA / "train.txt", help="training texts, one a line")
     parser.add_argument("--num-gem-tokens", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--seed", type=int, default=0)

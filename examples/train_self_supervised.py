@@ -43,7 +43,7 @@ def main() -> None:
             bf16=torch.cuda.is_available(),
         ),
         train_dataset=load_dataset("text", data_files=args.texts, split="train"),
-        loss=GemLoss(model, alpha=AlphaSchedule(num_ntp_steps=args.steps // 10, num_rise_steps=0)),
+        loss=GemLoss(model, alpha=AlphaSchedule(num_ntp_steps=args.steps // 10, final=0.65, num_rise_steps=0)),
     )
     trainer.train()
     model.save_pretrained(args.output)

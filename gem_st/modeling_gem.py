@@ -230,14 +230,14 @@ def next_token_loss(hidden_states: Tensor, labels: Tensor, lm_head: nn.Module, c
     states, targets = hidden_states[:, :-1][is_target], targets[is_target]
     if len(targets) == 0:
         return hidden_states.sum() * 0.0
-    weight, bias = lm_head.get_parameter("weight"), getattr(lm_head, "bias", None)
+    weight: Any = lm_head.weight
     num_logits = len(targets) * weight.shape[0]
     if num_logits <= LOGITS_BUDGET:
         return _token_losses(states, targets, lm_head, config).mean()
     is_exact = states.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
     if is_exact and hasattr(F, "linear_cross_entropy") and type(lm_head) is nn.Linear and _plain_logits(config):
         options = nn.LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(states, weight, targets, linear_bias=bias, options=options)
+        return F.linear_cross_entropy(states, weight, targets, linear_bias=lm_head.bias, options=options)
     num_chunks = math.ceil(num_logits / LOGITS_BUDGET)
     losses = [
         checkpoint(_token_losses, *chunk, lm_head, config, use_reentrant=False)

@@ -171,8 +171,9 @@ from gem_st import AlphaSchedule, GemLoss, GemTransformer
 torch.manual_seed(0)
 model = SentenceTransformer(modules=[GemTransformer({str(make_base())!r}, num_gem_tokens=2)], device="cpu")
 arguments = SentenceTransformerTrainingArguments(
-    sys.argv[1], max_steps=4, per_device_train_batch_size=2, per_device_eval_batch_size=2, report_to="none", save_strategy="no", use_cpu=True,
-    ddp_backend="gloo", disable_tqdm=True, eval_strategy="steps", eval_steps=2, learning_rate=1e-3,
+    sys.argv[1], max_steps=4, per_device_train_batch_size=2, per_device_eval_batch_size=2, learning_rate=1e-3,
+    report_to="none", save_strategy="no", use_cpu=True, ddp_backend="gloo", disable_tqdm=True,
+    eval_strategy="steps", eval_steps=2,
 )
 data = Dataset.from_dict({{"text": {CORPUS!r}}})
 trainer = SentenceTransformerTrainer(
