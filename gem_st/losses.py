@@ -64,6 +64,67 @@ def find_same_texts(texts: Sequence[Tensor], num_anchors: int) -> Tensor:
 
 
 class GemLoss(nn.Module):
+    """Trains a model whose first module is a :class:`gem_st.GemTransformer` by ``(1 - alpha) * ntp + alpha *
+    contrastive``: next-token prediction keeps it a language model and, on rows with a suffix behind the GEM
+    tokens, teaches these to carry the text; the contrastive part spreads their embeddings.
+
+    Each text becomes a row: with probability ``plain_ratio`` plain text with GEM tokens appended, otherwise
+    ``prefix | GEM | suffix`` by one of ``tasks``. One forward pass gives both the next-token loss and the
+    embedding of each prefix.
+
+    Args:
+        model: SentenceTransformer model with a GemTransformer as its first module.
+        plain_ratio: Share of plain rows, in [0, 1] (p in the paper).
+        tasks: Ways to make prefix and suffix, drawn evenly: ``"reconstruction"`` (the text twice),
+            ``"continuation"`` (cut at a random place; the row is then embedded by its first part).
+        token_dropout: Share of tokens deleted for the second view of a text, in [0, 1).
+        alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
+            Defaults to :class:`gem_st.AlphaSchedule`, 0 for 100 steps and then rising.
+        scale: Initial factor on cosine similarities (1 / temperature), in [1, 100]. It is learned with the model;
+            by default it starts at what the model holds, which is 20 for a new one.
+
+    References:
+        - GEM: Empowering LLM for both Embedding Generation and Language Understanding, section 3:
+          https://arxiv.org/abs/2506.04344
+
+    Requirements:
+        1. One column of texts (self-supervised: the second view is the text with tokens deleted), or
+        2. (anchor, positive) pairs, (anchor, positive, negative) triplets or n-tuples (supervised).
+
+    Inputs:
+        +-------------------------------------------------+--------+
+        | Texts                                           | Labels |
+        +=================================================+========+
+        | single texts                                    | none   |
+        +-------------------------------------------------+--------+
+        | (anchor, positive) pairs                        | none   |
+        +-------------------------------------------------+--------+
+        | (anchor, positive, negative) triplets           | none   |
+        +-------------------------------------------------+--------+
+        | (anchor, positive, negative_1, ..., negative_n) | none   |
+        +-------------------------------------------------+--------+
+
+    Recommendations:
+        - Train weights kept in float32 with ``bf16=True`` in the training arguments: in bfloat16, steps of a
+          small learning rate are lost to rounding.
+        - Use ``BatchSamplers.NO_DUPLICATES`` with pairs, so that no in-batch negative equals a positive.
+
+    Raises:
+        ValueError: If an option is out of range or the first module is not a GemTransformer.
+
+    Example:
+        ::
+
+            from datasets import Dataset
+            from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+            from gem_st import GemLoss, GemTransformer
+
+            model = SentenceTransformer(modules=[GemTransformer("HuggingFaceTB/SmolLM2-135M")])
+            train_dataset = Dataset.from_dict({"text": ["It's so sunny.", "He took the car to the office."]})
+            trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=GemLoss(model))
+            trainer.train()
+    """
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -74,67 +135,6 @@ class GemLoss(nn.Module):
         alpha: float | Callable[[int, int], float] | None = None,
         scale: float | None = None,
     ) -> None:
-        """
-        Trains a model whose first module is a :class:`gem_st.GemTransformer` by ``(1 - alpha) * ntp + alpha *
-        contrastive``: next-token prediction keeps it a language model and, on rows with a suffix behind the GEM
-        tokens, teaches these to carry the text; the contrastive part spreads their embeddings.
-
-        Each text becomes a row: with probability ``plain_ratio`` plain text with GEM tokens appended, otherwise
-        ``prefix | GEM | suffix`` by one of ``tasks``. One forward pass gives both the next-token loss and the
-        embedding of each prefix.
-
-        Args:
-            model: SentenceTransformer model with a GemTransformer as its first module.
-            plain_ratio: Share of plain rows, in [0, 1] (p in the paper).
-            tasks: Ways to make prefix and suffix, drawn evenly: ``"reconstruction"`` (the text twice),
-                ``"continuation"`` (cut at a random place; the row is then embedded by its first part).
-            token_dropout: Share of tokens deleted for the second view of a text, in [0, 1).
-            alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
-                Defaults to :class:`gem_st.AlphaSchedule`, 0 for 100 steps and then rising.
-            scale: Initial factor on cosine similarities (1 / temperature), in [1, 100]. It is learned with the model;
-                by default it starts at what the model holds, which is 20 for a new one.
-
-        References:
-            - GEM: Empowering LLM for both Embedding Generation and Language Understanding, section 3:
-              https://arxiv.org/abs/2506.04344
-
-        Requirements:
-            1. One column of texts (self-supervised: the second view is the text with tokens deleted), or
-            2. (anchor, positive) pairs, (anchor, positive, negative) triplets or n-tuples (supervised).
-
-        Inputs:
-            +-------------------------------------------------+--------+
-            | Texts                                           | Labels |
-            +=================================================+========+
-            | single texts                                    | none   |
-            +-------------------------------------------------+--------+
-            | (anchor, positive) pairs                        | none   |
-            +-------------------------------------------------+--------+
-            | (anchor, positive, negative) triplets           | none   |
-            +-------------------------------------------------+--------+
-            | (anchor, positive, negative_1, ..., negative_n) | none   |
-            +-------------------------------------------------+--------+
-
-        Recommendations:
-            - Train weights kept in float32 with ``bf16=True`` in the training arguments: in bfloat16, steps of a
-              small learning rate are lost to rounding.
-            - Use ``BatchSamplers.NO_DUPLICATES`` with pairs, so that no in-batch negative equals a positive.
-
-        Raises:
-            ValueError: If an option is out of range or the first module is not a GemTransformer.
-
-        Example:
-            ::
-
-                from datasets import Dataset
-                from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-                from gem_st import GemLoss, GemTransformer
-
-                model = SentenceTransformer(modules=[GemTransformer("HuggingFaceTB/SmolLM2-135M")])
-                train_dataset = Dataset.from_dict({"text": ["It's so sunny.", "He took the car to the office."]})
-                trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=GemLoss(model))
-                trainer.train()
-        """
         super().__init__()
         gem: Any = model[0] if isinstance(model, nn.Sequential) and len(model) else None
         if not hasattr(gem, "gem_token_ids"):
