@@ -21,19 +21,16 @@ def test_the_wheel_passes_tests_without_the_source(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     run = {"check": True, "capture_output": True, "text": True}
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)],
-        **run,
-    )
+    pip = [sys.executable, "-m", "pip"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path / "dist"), str(source)]
+    subprocess.run(build, **run)
     shutil.rmtree(source)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     files = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("gem_st/")}
     assert files == {f"gem_st/{path.name}" for path in (ROOT / "gem_st").iterdir() if path.is_file()}
 
     site = tmp_path / "site"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)], **run
-    )
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)], **run)
     tests = tmp_path / "run" / "tests"
     shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
     (tests / "test_location.py").write_text(
