@@ -119,7 +119,7 @@ def draw_report(log: list[dict], before: SentenceTransformer, after: SentenceTra
     for axis, model, title in zip(axes[1:], (before, after), ("Base, mean pooling", "GEM"), strict=True):
         vectors = model.encode(sentences, convert_to_tensor=True, normalize_embeddings=True).float()
         image = axis.imshow((vectors @ vectors.T).cpu(), vmin=0, vmax=1, cmap="viridis")
-        axis.set(title=f"{title}: cosine of 3 x 3 sentences", xticks=[], yticks=range(9))
+        axis.set(title=f"{title}: cosines", xticks=[], yticks=range(9))
         axis.set_yticklabels(sentences if axis is axes[1] else [], fontsize=8)
     figure.colorbar(image, ax=axes[1:], shrink=0.9)
     figure.savefig(path, dpi=120)
