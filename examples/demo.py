@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--base", default=str(EXAMPLES / "base-8m"))
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--data", type=Path, default=DATA / "train.txt", help="training texts, one a line")
-    parser.add_argument("--num-gem-tokens", type=int, default=1)
+    parser.add_argument("--num-gem-tokens", type=int, default=4)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=4e-4)

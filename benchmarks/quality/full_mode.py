@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--num-texts", type=int, default=18_000)
     parser.add_argument("--texts", nargs="+", default=["wiki=0.67", "books=0.33"], help=f"NAME=SHARE of {[*TEXTS]}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num-gem-tokens", type=int, default=1)
+    parser.add_argument("--num-gem-tokens", type=int, default=4)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=48)
