@@ -483,7 +483,7 @@ class GemTransformer(InputModule):
         cause: Exception | None = None
         try:
             obeys = self._obeys_attention_mask()
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             obeys, cause = False, error
         if not obeys:
             raise ValueError(
