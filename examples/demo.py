@@ -80,7 +80,7 @@ def evaluate(model: SentenceTransformer, evaluators: dict) -> dict[str, float]:
 
 def train(model: SentenceTransformer, args: argparse.Namespace) -> list[dict]:
     """Train on the sentences that the base model wrote; returns the trainer's log."""
-    loss = GemLoss(model, alpha=AlphaSchedule(num_ntp_steps=args.steps // 10, final=0.65, num_rise_steps=0))
+    loss = GemLoss(model, alpha=AlphaSchedule(num_ntp_steps=args.steps // 5))
     arguments = SentenceTransformerTrainingArguments(
         str(args.output / "trainer"),
         max_steps=args.steps,
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--num-gem-tokens", type=int, default=4)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -34,7 +34,7 @@ def main() -> None:
             args.output,
             max_steps=args.steps,
             per_device_train_batch_size=args.batch_size,
-            learning_rate=4e-4,  # for a model of a few million weights; 1e-5 to 1e-4 for billions
+            learning_rate=2e-4,  # for a model of a few million weights; 1e-5 to 1e-4 for billions
             lr_scheduler_type="cosine",
             warmup_steps=args.steps // 20,
             logging_steps=10,
@@ -43,7 +43,7 @@ def main() -> None:
             bf16=torch.cuda.is_available(),
         ),
         train_dataset=load_dataset("text", data_files=args.texts, split="train"),
-        loss=GemLoss(model, alpha=AlphaSchedule(num_ntp_steps=args.steps // 10, final=0.65, num_rise_steps=0)),
+        loss=GemLoss(model, alpha=AlphaSchedule(num_ntp_steps=args.steps // 5)),
     )
     trainer.train()
     model.save_pretrained(args.output)
