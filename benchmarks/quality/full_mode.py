@@ -124,9 +124,9 @@ def main() -> None:
     parser.add_argument("--plain-ratio", type=float, default=0.8)
     parser.add_argument("--tasks", nargs="+", default=["reconstruction", "continuation"])
     parser.add_argument("--token-dropout", type=float, default=0.7)
-    parser.add_argument("--ntp-steps", type=int, default=20)
-    parser.add_argument("--final-alpha", type=float, default=0.65)
-    parser.add_argument("--rise-steps", type=int, default=0)
+    parser.add_argument("--ntp-steps", type=int, default=30)
+    parser.add_argument("--final-alpha", type=float, default=0.9)
+    parser.add_argument("--rise-steps", type=int, default=120)
     args = parser.parse_args()
 
     shares = {name: float(share) for name, share in (text.split("=") for text in args.texts)}
