@@ -142,8 +142,9 @@ def make_model(make_base: Callable[..., Path]) -> Callable[..., SentenceTransfor
     def make(architecture: str = "llama", **kwargs: object) -> SentenceTransformer:
         own = ("num_gem_tokens", "pooling", "max_seq_length", "model_kwargs", "processor_kwargs", "config_kwargs")
         settings = {key: kwargs.pop(key) for key in own if key in kwargs}
-        torch.manual_seed(0)
-        return SentenceTransformer(modules=[GemTransformer(str(make_base(architecture, **kwargs)), **settings)])
+        base = str(make_base(architecture, **kwargs))
+        torch.manual_seed(0)  # the GEM rows are drawn from the global generator
+        return SentenceTransformer(modules=[GemTransformer(base, **settings)])
 
     return make
 
