@@ -160,7 +160,7 @@ class GemLoss(nn.Module):
         gem.check_output_head()
         if plain_ratio < 1:
             gem.require_attention_mask()
-        self.num_special = _num_leading_special_tokens(gem)
+        self.num_special = gem.num_special_tokens
         _warn_of_low_precision(gem)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GemLoss:
@@ -267,7 +267,10 @@ class GemLoss(nn.Module):
                 task = self.tasks[int(torch.randint(len(self.tasks), (), generator=generator))]
                 prefix, suffix = TASKS[task](text, max_length, self.num_special, generator)
             prefixes.append(prefix)
-            rows.append(join_row(prefix, gem.gem_token_ids, suffix))
+            row, labels = join_row(prefix, gem.gem_token_ids, suffix)
+            if gem.freeze_base:
+                labels[: len(prefix)] = NO_TARGET  # nothing to be learned where the base computes it
+            rows.append((row, labels))
         return rows, prefixes
 
     def build_views(
@@ -325,13 +328,6 @@ class GemLoss(nn.Module):
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}.")
-
-
-def _num_leading_special_tokens(gem: Any) -> int:
-    """Special tokens, BOS in most models, that the tokenizer puts before a text."""
-    special = set(gem.tokenizer.all_special_ids)
-    ids = gem.tokenizer("a")["input_ids"]
-    return next((index for index, token_id in enumerate(ids) if token_id not in special), 0)
 
 
 def _warn_of_low_precision(gem: Any) -> None:

@@ -16,23 +16,30 @@ Notation used for tensor shapes:
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
+from typing_extensions import Self
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +55,14 @@ LOGITS_BUDGET = 2**26
 
 BUCKET_COST = {"cpu": 128}
 """Padding tokens worth one more pass through the backbone, by device type; 2,048 on accelerators."""
+
+HUB_KWARGS = ("subfolder", "token", "cache_dir", "revision", "local_files_only")
+
+SHARED_PREFIX_LENGTH = 8
+"""Rows that share at least as many tokens at their start have them computed once."""
+
+Prompts = str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]]
+"""A text, texts, the messages of a conversation, or conversations."""
 
 RESERVED_TOKEN = re.compile(r"^[<\[>{]\W*(reserved|unused|place.?holder).*\d\W*$", re.IGNORECASE)
 """Names of vocabulary entries set aside by a model's authors, such as ``<|reserved_special_token_9|>``."""
@@ -112,7 +127,9 @@ def gem_mask_function(segments: Tensor) -> Callable[[Tensor, Tensor, Tensor, Ten
     return may_attend
 
 
-def gem_attention_mask(config: Any, segments: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Any:
+def gem_attention_mask(
+    config: Any, segments: Tensor, attention_mask: Tensor, dtype: torch.dtype, past_key_values: Cache | None = None
+) -> Any:
     """The attention mask of the paper (section 3, figure 1), built by transformers for the model's attention.
 
     For a row ``a b | G H | c d`` (rows are queries, ``x`` marks a key that is attended to)::
@@ -134,10 +151,11 @@ def gem_attention_mask(config: Any, segments: Tensor, attention_mask: Tensor, dt
         segments: Output of :func:`gem_segments`. Shape: ``(B, T)``
         attention_mask: True (or 1) for real tokens, on either side. Shape: ``(B, T)``
         dtype: Data type of the hidden states, used by the additive masks of eager attention.
+        past_key_values: A cache that holds the first ``P`` of the T tokens, which are then keys only.
 
     Returns:
-        What the backbone takes as ``attention_mask``: a mask of shape ``(B, 1, T, T)`` (sdpa: True means attended
-        to; eager: 0 means attended to), a flex ``BlockMask``, or a dict of these by layer type.
+        What the backbone takes as ``attention_mask``: a mask of shape ``(B, 1, T - P, T)`` (sdpa: True means
+        attended to; eager: 0 means attended to), a flex ``BlockMask``, or a dict of these by layer type.
 
     Raises:
         ValueError: If the attention implementation takes no such mask, e.g. FlashAttention-2.
@@ -147,12 +165,13 @@ def gem_attention_mask(config: Any, segments: Tensor, attention_mask: Tensor, dt
             f"attn_implementation={config._attn_implementation!r} takes no custom mask. Use one of {MASKED_ATTENTION}: "
             'model.set_attn_implementation("sdpa"). Only K = 1 without a suffix runs without a mask.'
         )
-    shape_only = segments.new_empty((*segments.shape, 0), dtype=dtype)
+    num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    shape_only = segments.new_empty((len(segments), segments.shape[1] - num_past, 0), dtype=dtype)
     return create_masks_for_generate(
         config=config,
         inputs_embeds=shape_only,
         attention_mask=attention_mask.bool(),
-        past_key_values=None,
+        past_key_values=past_key_values,
         and_mask_function=gem_mask_function(segments),
     )
 
@@ -248,11 +267,16 @@ def next_token_loss(hidden_states: Tensor, labels: Tensor, lm_head: nn.Module, c
 
 def _token_losses(states: Tensor, targets: Tensor, lm_head: nn.Module, config: Any) -> Tensor:
     """Cross-entropy of each target. Shapes: ``(N, D)``, ``(N,)`` -> ``(N,)``"""
+    return F.cross_entropy(output_logits(states, lm_head, config), targets, reduction="none")
+
+
+def output_logits(states: Tensor, lm_head: nn.Module, config: Any) -> Tensor:
+    """The language model's logits, with the factors and the cap of its config. Shapes: ``(N, D)`` -> ``(N, V)``"""
     logits = lm_head(states).float() * (getattr(config, "logit_scale", None) or 1.0)
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
-    return F.cross_entropy(logits, targets, reduction="none")
+    return logits
 
 
 def _plain_logits(config: Any) -> bool:
@@ -291,21 +315,213 @@ def choose_gem_token_ids(
 
 
 @torch.no_grad()
-def init_gem_rows(weight: Tensor, gem_token_ids: Sequence[int], num_used_rows: int, noise: float = 0.1) -> None:
-    """Write new rows near the mean of the used ones, in place, drawn from torch's global generator.
+def draw_gem_rows(vectors: Tensor, num_gem_tokens: int, noise: float = 0.1) -> Tensor:
+    """Draw new embeddings near the mean of existing ones, from torch's global generator.
 
     Args:
-        weight: Embedding or output matrix. Shape: ``(V, D)``
-        gem_token_ids: The K rows to write.
-        num_used_rows: The rows below this one, other than the GEM rows, are averaged.
-        noise: Standard deviation of the rows around the mean, in units of that of the used rows in each dimension.
+        vectors: Embeddings of tokens in use. Shape: ``(at most V, D)``
+        num_gem_tokens: K.
+        noise: Standard deviation around the mean, in units of that of the vectors in each dimension.
+
+    Returns:
+        Shape: ``(K, D)``, in float32 on the CPU
     """
-    is_used = torch.arange(len(weight), device=weight.device) < num_used_rows
-    is_used[list(gem_token_ids)] = False
-    used = weight[is_used]
-    mean, std = used.mean(dim=0, dtype=torch.float32), used.std(dim=0).float()
-    rows = mean.cpu() + noise * std.cpu() * torch.randn(len(gem_token_ids), weight.shape[1])
-    weight[list(gem_token_ids)] = rows.to(weight)
+    mean, std = vectors.mean(dim=0, dtype=torch.float32), vectors.std(dim=0).float()
+    return mean.cpu() + noise * std.cpu() * torch.randn(num_gem_tokens, vectors.shape[1])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Keys and values
+
+
+def tensors_of(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer of a transformers cache. Shape: ``(B, heads, T, head width)`` each"""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def cache_of(layers: Iterable[Iterable[Tensor]]) -> DynamicCache:
+    """A transformers cache of keys and values, in which every layer holds every token, sliding windows too."""
+    return DynamicCache([tuple(layer) for layer in layers])
+
+
+class _CachedRows:
+    """Keys and values of a batch of rows, with further tensors whose first dimension is the rows'.
+
+    Nothing that reads one changes it: methods return new ones, which may share memory with it.
+    """
+
+    fields: tuple[str, ...]
+
+    def __init__(self, layers: Iterable[tuple[Tensor, Tensor]], **fields: Tensor) -> None:
+        self.layers = list(layers)
+        for name in self.fields:
+            setattr(self, name, fields[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {f"keys.{index}": keys for index, (keys, _) in enumerate(self.layers)}
+        named |= {f"values.{index}": values for index, (_, values) in enumerate(self.layers)}
+        return named | {name: getattr(self, name) for name in self.fields}
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        num_layers = sum(name.startswith("keys.") for name in tensors)
+        layers = [(tensors[f"keys.{index}"], tensors[f"values.{index}"]) for index in range(num_layers)]
+        return cls(layers, **{name: tensors[name] for name in cls.fields})
+
+    def __len__(self) -> int:
+        """Number of rows, B."""
+        return len(getattr(self, self.fields[0]))
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Self:
+        """Some of the rows, by index, slice or list of indices.
+
+        Raises:
+            IndexError: If there is no such row.
+        """
+        if isinstance(rows, int):
+            if not -len(self) <= rows < len(self):
+                raise IndexError(f"Row {rows} was asked for, but there are {len(self)}.")
+            rows = [rows]
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=getattr(self, self.fields[0]).device)
+        return self._of({name: tensor[index] for name, tensor in self._tensors().items()})
+
+    def split(self) -> list[Self]:
+        """One for each row."""
+        return [self[row] for row in range(len(self))]
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Put rows of several together.
+
+        Raises:
+            ValueError: If there is nothing to join, or the parts are not of one model.
+        """
+        if len({tuple((k.shape[1], k.shape[-1], v.shape[-1]) for k, v in part.layers) for part in parts}) != 1:
+            raise ValueError("Join needs one part or more, all made by the same model.")
+        tensors = [part._tensors() for part in parts]
+        return cls._of({name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move to a device, cast keys, values and states, or both."""
+        return self._of(
+            {
+                name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                for name, tensor in self._tensors().items()
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file."""
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        save_file(tensors, path, metadata={"format": "pt", "kind": type(self).__name__})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Read what :meth:`save` wrote. Keys and values only mean something to the weights that made them.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            kind = (file.metadata() or {}).get("kind")
+            if kind != cls.__name__:
+                raise ValueError(f"{path} holds {kind or 'other tensors'}, not a {cls.__name__}.")
+            return cls._of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # not a dict
+
+
+class GemCache(_CachedRows):
+    """Keys and values of texts, from which they can be embedded, continued and extended.
+
+    :meth:`GemTransformer.prefill` makes one. GEM tokens are never part of it, and layers with a sliding window keep
+    all keys, so that it can be cropped anywhere.
+
+    Attributes:
+        layers: Keys and values of each layer. Shape: ``(B, heads, T, head width)`` each
+        input_ids: Token ids, padded on the left. Shape: ``(B, T)``
+        attention_mask: True for real tokens. Shape: ``(B, T)``
+    """
+
+    fields = ("input_ids", "attention_mask")
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens in each row. Shape: ``(B,)``"""
+        return self.attention_mask.sum(dim=1)
+
+    def past_key_values(self) -> DynamicCache:
+        """A transformers cache to be written to; this one stays as it is."""
+        return cache_of(self.layers)
+
+    def crop(self, num_tokens: int | Sequence[int]) -> GemCache:
+        """Keep the first tokens of each row; with a negative number, drop as many of the last ones.
+
+        Args:
+            num_tokens: One number, or one for each row.
+
+        Raises:
+            ValueError: If there is not one number, or one for each row.
+        """
+        wanted = torch.as_tensor(num_tokens, device=self.input_ids.device).reshape(-1, 1)
+        if len(wanted) not in (1, len(self)):
+            raise ValueError(f"crop takes one number or one for each of {len(self)} rows, got {len(wanted)}.")
+        kept = torch.where(wanted < 0, self.lengths[:, None] + wanted, wanted)
+        return self._keep(self.attention_mask & (self.attention_mask.cumsum(dim=1) <= kept))
+
+    @classmethod
+    def join(cls, parts: Sequence[GemCache]) -> GemCache:
+        """Put rows of several caches together, padded to the longest.
+
+        Raises:
+            ValueError: If there is nothing to join, or the caches are not of one model.
+        """
+        width = max((part.input_ids.shape[1] for part in parts), default=0)
+        return super().join([part._pad(width - part.input_ids.shape[1]) for part in parts])
+
+    def _pad(self, num_tokens: int) -> GemCache:
+        layers = [(F.pad(k, (0, 0, num_tokens, 0)), F.pad(v, (0, 0, num_tokens, 0))) for k, v in self.layers]
+        ids, mask = (F.pad(tensor, (num_tokens, 0)) for tensor in (self.input_ids, self.attention_mask))
+        return GemCache(layers, input_ids=ids, attention_mask=mask)
+
+    def _keep(self, keep: Tensor) -> GemCache:
+        """The tokens for which ``keep`` is True, in order, padded on the left. Shape: ``(B, T)``"""
+        width = int(keep.sum(dim=1).max()) if len(keep) else 0
+        order = keep.int().argsort(dim=1, stable=True)[:, keep.shape[1] - width :]
+        return GemCache(
+            [tuple(take_tokens(tensor, order) for tensor in layer) for layer in self.layers],  # type: ignore[misc]
+            input_ids=self.input_ids.gather(1, order),
+            attention_mask=keep.gather(1, order),
+        )
+
+
+class GemMemory(_CachedRows):
+    """Keys and values of the K GEM tokens of texts, and nothing else of them (paper, section 3 and table 6).
+
+    :meth:`GemTransformer.compress` makes one, :meth:`GemTransformer.reconstruct` reads it.
+
+    Attributes:
+        layers: Keys and values of each layer. Shape: ``(B, heads, K, head width)`` each
+        lengths: Tokens in each text, which is the position of its GEM tokens. Shape: ``(B,)``
+        last_hidden_state: Of the last GEM token, which predicts the first token. Shape: ``(B, D)``
+    """
+
+    fields = ("lengths", "last_hidden_state")
+    lengths: Tensor
+    last_hidden_state: Tensor
+
+
+class GeneratedText(NamedTuple):
+    """What :meth:`GemTransformer.generate` gives with ``return_cache=True``."""
+
+    text: str | list[str]
+    cache: GemCache
+
+
+def take_tokens(tensor: Tensor, order: Tensor) -> Tensor:
+    """Reorder tokens. Shapes: ``(B, heads, T, head width)``, ``(B, T')`` -> ``(B, heads, T', head width)``"""
+    index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return tensor.gather(2, index)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -349,11 +565,21 @@ class GemTransformer(InputModule):
 
     config_file_name = "gem_config.json"
     remote_code_file_name = "gem_st.py"
-    config_keys = ["num_gem_tokens", "pooling", "max_seq_length", "gem_token_ids", "gem_token_source"]
+    adapter_folder = "gem_adapter"
+    config_keys = [
+        "num_gem_tokens",
+        "pooling",
+        "max_seq_length",
+        "gem_token_ids",
+        "gem_token_source",
+        "freeze_base",
+    ]
     save_in_root = True
 
     model: Any  # a PreTrainedModel with a language-model head; typed loosely, as its methods depend on its class
     tokenizer: PreTrainedTokenizerBase
+    adapter_model: Any
+    gem_embeddings: nn.Parameter
 
     def __init__(
         self,
@@ -362,6 +588,9 @@ class GemTransformer(InputModule):
         num_gem_tokens: int = 1,
         pooling: str = "mean",
         max_seq_length: int | None = None,
+        freeze_base: bool = False,
+        lora_rank: int = 32,
+        lora_kwargs: dict[str, Any] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
@@ -373,23 +602,40 @@ class GemTransformer(InputModule):
             raise ValueError(f"pooling must be one of {POOLING_MODES}, got {pooling!r}.")
         self.num_gem_tokens = num_gem_tokens
         self.pooling = pooling
-        saved = self._load_gem_config(model_name_or_path, model_kwargs or {})
+        self.freeze_base = freeze_base
+        hub_kwargs = {key: value for key, value in (model_kwargs or {}).items() if key in HUB_KWARGS}
+        saved = self._load_gem_config(model_name_or_path, hub_kwargs)
         self._check_saved_settings(model_name_or_path, saved)
+        self.save_base = saved.get("save_base", True)
+        base, base_kwargs = self._find_base(model_name_or_path, saved, hub_kwargs)
 
-        self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **(processor_kwargs or {}))
-        self.model = _load_causal_lm(model_name_or_path, model_kwargs or {}, config_kwargs or {})
-        self._check_vocabulary(model_name_or_path, saved)
+        self.tokenizer = AutoTokenizer.from_pretrained(base, **{**(processor_kwargs or {}), **base_kwargs})
+        self.model = _load_causal_lm(
+            base, {**(model_kwargs or {}), **base_kwargs}, {**(config_kwargs or {}), **base_kwargs}
+        )
+        if not saved:
+            self.base_model_revision = getattr(self.model.config, "_commit_hash", None)
+        self._base_folder = Path(str(cached_file(base, "config.json", **{**hub_kwargs, **base_kwargs}))).parent
+        self._check_vocabulary(base, saved)
         self.max_seq_length = saved.get("max_seq_length") if max_seq_length is None else max_seq_length
         self.logit_scale = nn.Parameter(torch.tensor([saved.get("logit_scale", math.log(20.0))]))
 
-        if saved:
-            self.gem_token_ids, self.gem_token_source = saved["gem_token_ids"], saved["gem_token_source"]
+        self._claim_gem_tokens(saved)
+        if freeze_base:
+            self._freeze()
         else:
-            self._add_gem_tokens()
-        self._protect_generation()
-        self._check_is_causal(model_name_or_path)
-        if num_gem_tokens > 1:
+            self._protect_generation()
+        if saved and (freeze_base or not self.save_base):
+            self._load_adapter(model_name_or_path, hub_kwargs)
+        elif freeze_base:
+            options = {"r": lora_rank, "lora_alpha": 2 * lora_rank, "target_modules": "all-linear"}
+            self.adapter_model.add_adapter(_import_peft().LoraConfig(**{**options, **(lora_kwargs or {})}))
+        self._check_is_causal(base)
+        if num_gem_tokens > 1 or freeze_base:
             self.require_attention_mask()
+        # `SentenceTransformer.add_adapter` ends up here.
+        own_ids = None if freeze_base else self.gem_token_ids
+        self.model.add_adapter = partial(_add_adapter_with_gem_rows, self.model, own_ids)
 
     # ---- set-up and checks
 
@@ -406,8 +652,8 @@ class GemTransformer(InputModule):
         )
 
     def _check_saved_settings(self, model_name_or_path: str, saved: dict[str, Any]) -> None:
-        for key in ("num_gem_tokens", "pooling"):
-            if saved and saved[key] != getattr(self, key):
+        for key in ("num_gem_tokens", "pooling", "freeze_base"):
+            if saved and saved.setdefault(key, False) != getattr(self, key):
                 raise ValueError(
                     f"{model_name_or_path} is a GEM checkpoint saved with {key}={saved[key]!r}, but "
                     f"{key}={getattr(self, key)!r} was asked for. Pass {key}={saved[key]!r}, or load it with "
@@ -422,24 +668,79 @@ class GemTransformer(InputModule):
                 f"The tokenizer of {model_name_or_path} produces ids up to {last_id}, but the model has only "
                 f"{num_rows} vocabulary rows. Use the tokenizer the model was trained with, or resize its embeddings."
             )
-        if saved and max(saved["gem_token_ids"]) >= num_rows:
+        has_all_rows = not self.freeze_base and self.save_base
+        if saved and has_all_rows and max(saved["gem_token_ids"]) >= num_rows:
             raise ValueError(
                 f"{model_name_or_path} names gem_token_ids {saved['gem_token_ids']}, but its model has only {num_rows} "
                 "vocabulary rows: weights and gem_config.json are not of one checkpoint. Save or download it again."
             )
 
-    def _add_gem_tokens(self) -> None:
-        """Claim vocabulary rows for the GEM tokens and initialise them."""
+    def _find_base(
+        self, model_name_or_path: str, saved: dict[str, Any], hub_kwargs: dict[str, Any]
+    ) -> tuple[str, dict[str, Any]]:
+        """Where the base's weights are, and with which arguments they are loaded from there."""
+        if not saved:
+            self.base_model_name_or_path, self.base_model_revision = str(model_name_or_path), None
+            return model_name_or_path, {}
+        self.base_model_name_or_path = saved.get("base_model_name_or_path", "")
+        self.base_model_revision = saved.get("base_model_revision")
+        if self.save_base:
+            return model_name_or_path, {}
+        base = self.base_model_name_or_path
+        try:
+            cached_file(base, "config.json", **{**hub_kwargs, "revision": self.base_model_revision, "subfolder": ""})
+        except OSError as error:
+            raise ValueError(
+                f"{model_name_or_path} holds an adapter only; its base, {base!r} (revision "
+                f"{self.base_model_revision}), cannot be loaded: {error}\nMake it available, or edit "
+                "base_model_name_or_path in "
+                f"{self.config_file_name} to where you keep it."
+            ) from error
+        return base, {"revision": self.base_model_revision, "subfolder": ""}
+
+    def _claim_gem_tokens(self, saved: dict[str, Any]) -> None:
+        """Find vocabulary rows for the GEM tokens, or ids beyond them beside a frozen base; initialise new rows."""
         num_rows = self.model.get_input_embeddings().weight.shape[0]
-        self.gem_token_ids, self.gem_token_source = choose_gem_token_ids(
-            self.tokenizer, num_rows, self.num_gem_tokens, _configured_ids(self.model)
-        )
+        if saved:
+            self.gem_token_ids, self.gem_token_source = saved["gem_token_ids"], saved["gem_token_source"]
+        elif self.freeze_base:
+            self.gem_token_ids = list(range(num_rows, num_rows + self.num_gem_tokens))
+            self.gem_token_source = "adapter"
+        else:
+            self.gem_token_ids, self.gem_token_source = choose_gem_token_ids(
+                self.tokenizer, num_rows, self.num_gem_tokens, _configured_ids(self.model)
+            )
+        if self.freeze_base or (saved and self.save_base):
+            return
         if self.gem_token_source == "grown":
-            self.model.resize_token_embeddings(num_rows + self.num_gem_tokens, mean_resizing=False)
-        num_used_rows = max(self.tokenizer.get_vocab().values()) + 1
+            self.model.resize_token_embeddings(max(self.gem_token_ids) + 1, mean_resizing=False)
+        for weight in self._vocabulary_matrices():
+            is_used = torch.arange(len(weight), device=weight.device) <= max(self.tokenizer.get_vocab().values())
+            is_used[self.gem_token_ids] = False
+            rows = draw_gem_rows(weight[is_used], self.num_gem_tokens)
+            with torch.no_grad():
+                weight[self.gem_token_ids] = rows.to(weight)
+
+    def _vocabulary_matrices(self) -> list[Tensor]:
+        """Embedding and output matrix, or the one that is both. Shape: ``(V, D)`` each"""
         weights = [self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight]
-        for weight in {id(weight): weight for weight in weights}.values():
-            init_gem_rows(weight, self.gem_token_ids, num_used_rows)
+        return list({id(weight): weight for weight in weights}.values())
+
+    def _freeze(self) -> None:
+        """Freeze the model; beside it, make GEM embeddings, and a second model of the same weights for a LoRA."""
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self.adapter_model = share_weights(self.model)
+        used = torch.arange(max(self.tokenizer.get_vocab().values()) + 1, device=self.model.device)
+        rows = draw_gem_rows(self.model.get_input_embeddings()(used), self.num_gem_tokens)
+        self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
+
+    def train(self, mode: bool = True) -> GemTransformer:
+        """Set training mode; a frozen base stays in evaluation mode, so that what it computes never changes."""
+        super().train(mode)
+        if self.freeze_base:
+            self.model.eval()
+        return self
 
     def _protect_generation(self) -> None:
         """Have ``generate`` never emit a GEM token, here and wherever the saved ``generation_config`` is read."""
@@ -502,7 +803,7 @@ class GemTransformer(InputModule):
             if not torch.equal(*masked) or self.num_gem_tokens == 1:
                 return torch.equal(*masked)
             positions = (self._probe(0, 1, 2), self._probe(0, 1, 5))
-            moved = [self._backbone(self._probe(0, 1, 3), position_ids=p).last_hidden_state for p in positions]
+            moved = [self._run(self.model, input_ids=self._probe(0, 1, 3), position_ids=p) for p in positions]
         return not torch.equal(*moved)
 
     @torch.no_grad()
@@ -552,7 +853,12 @@ class GemTransformer(InputModule):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings written to ``gem_config.json``; with them a reload is exact."""
-        return {**super().get_config_dict(), "logit_scale": self.logit_scale.item()}
+        save_base = self.save_base and not self._has_lora
+        settings = {**super().get_config_dict(), "logit_scale": self.logit_scale.item(), "save_base": save_base}
+        if save_base and Path(self.base_model_name_or_path).is_dir():
+            return settings  # a folder of this machine is nobody's business
+        names = ("base_model_name_or_path", "base_model_revision")
+        return {**settings, **{name: getattr(self, name) for name in names}}
 
     # ---- text -> token ids
 
@@ -672,7 +978,9 @@ class GemTransformer(InputModule):
         Sharded training (FSDP, DeepSpeed) needs as many passes on every process, hence one group there.
         Shapes: ``(B, T)`` each -> ``(B, T, D)``
         """
+        run: Any = self._staged_hidden_states if self.freeze_base else self._causal_hidden_states
         lengths = attention_mask.sum(dim=1)
+        shared = self._run_shared_prefix(input_ids, segments, lengths)
         cost = BUCKET_COST.get(input_ids.device.type, 2048)
         distributed = torch.distributed
         is_single = not (
@@ -680,20 +988,164 @@ class GemTransformer(InputModule):
         )
         buckets = length_buckets(lengths, cost) if is_single else []
         if len(buckets) <= 1:
-            return self._masked_hidden_state(input_ids, segments, attention_mask)
+            return run(input_ids, segments, attention_mask, shared)
         states: Tensor | None = None
         for rows in buckets:
             width = int(lengths[rows[0]])
-            part = self._masked_hidden_state(*(t[rows, :width] for t in (input_ids, segments, attention_mask)))
+            part = run(*(t[rows, :width] for t in (input_ids, segments, attention_mask)), shared)
             if states is None:
                 states = part.new_zeros((*input_ids.shape, part.shape[-1]))
             states[rows, :width] = part
         assert states is not None  # there are two buckets or more
         return states
 
-    def _masked_hidden_state(self, input_ids: Tensor, segments: Tensor, attention_mask: Tensor) -> Tensor:
+    def _run_shared_prefix(
+        self, input_ids: Tensor, segments: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, DynamicCache] | None:
+        """Run the tokens that all rows start with, such as an instruction, once for all of them, where that pays.
+
+        Shapes: ``(B, T)``, ``(B, T)``, ``(B,)`` -> ``(1, P, D)`` and the keys and values of P tokens; or None
+        """
+        is_possible = not torch.is_grad_enabled() and self.model.config._attn_implementation in ("eager", "sdpa")
+        if not is_possible or len(input_ids) < 2:
+            return None
+        width = int(lengths.min())
+        is_same = ((input_ids == input_ids[:1]) & (segments == PREFIX))[:, :width].all(dim=0)
+        num_shared = int(is_same.cumprod(dim=0).sum())
+        if num_shared < SHARED_PREFIX_LENGTH:
+            return None
+        past = DynamicCache()
+        return self._run(self.model, input_ids=input_ids[:1, :num_shared], past_key_values=past), past
+
+    def _causal_hidden_states(
+        self,
+        input_ids: Tensor,
+        segments: Tensor,
+        attention_mask: Tensor,
+        shared: tuple[Tensor, DynamicCache] | None = None,
+    ) -> Tensor:
+        """One pass over whole rows, as the paper has it. Shapes: ``(B, T)`` each -> ``(B, T, D)``"""
         needs_mask = self.num_gem_tokens > 1 or bool((segments == SUFFIX).any())
-        return self._last_hidden_state(input_ids, *((segments, attention_mask) if needs_mask else ()))
+        if shared is None:
+            return self._last_hidden_state(input_ids, *((segments, attention_mask) if needs_mask else ()))
+        states, past = _expand(shared, len(input_ids))
+        inputs: dict[str, Any] = {"input_ids": input_ids[:, states.shape[1] :], "past_key_values": past}
+        if needs_mask:
+            inputs["attention_mask"] = gem_attention_mask(
+                self.model.config, segments, attention_mask, self.model.dtype, past
+            )
+            inputs["position_ids"] = gem_position_ids(segments, attention_mask)[:, states.shape[1] :]
+        return torch.cat([states, self._run(self.model, **inputs)], dim=1)
+
+    def _staged_hidden_states(
+        self,
+        input_ids: Tensor,
+        segments: Tensor,
+        attention_mask: Tensor,
+        shared: tuple[Tensor, DynamicCache] | None = None,
+    ) -> Tensor:
+        """Prefix by the base without gradient, GEM tokens with the LoRA, suffix by the base from the GEM tokens' cache.
+
+        Shapes: ``(B, T)`` each -> ``(B, T, D)``
+        """
+        is_prefix = (segments == PREFIX) & attention_mask.bool()
+        lengths = is_prefix.sum(dim=1)
+        width = int(lengths.max())
+        is_prefix = is_prefix[:, :width]
+        with torch.no_grad():
+            text_ids = input_ids[:, :width].masked_fill(~is_prefix, self.pad_token_id)
+            text_states, past = self._run_prefix(text_ids, shared)
+            past, is_text = self._close_gaps(past, is_prefix)
+        gem_states = self._run_gem_tokens(past, is_text, lengths)
+        states = gem_states.new_zeros((*input_ids.shape, gem_states.shape[-1]))
+        states[:, :width] = text_states.where(is_prefix[..., None], 0)
+        states = states.masked_scatter((segments == GEM)[..., None], gem_states)
+        rows = (segments == SUFFIX).any(dim=1).nonzero()[:, 0]
+        return states if len(rows) == 0 else self._run_suffix(states, rows, input_ids, segments, lengths, past)
+
+    def _run_suffix(
+        self, states: Tensor, rows: Tensor, input_ids: Tensor, segments: Tensor, lengths: Tensor, past: DynamicCache
+    ) -> Tensor:
+        """Have the base read the GEM tokens' keys and values, and nothing else, and write the suffix's states.
+
+        Args:
+            states: Hidden states of prefix and GEM tokens. Shape: ``(B, T, D)``
+            rows: The rows that have a suffix. Shape: ``(B',)``
+            input_ids: Token ids. Shape: ``(B, T)``
+            segments: Their segments. Shape: ``(B, T)``
+            lengths: Tokens in the prefix. Shape: ``(B,)``
+            past: Keys and values of prefix and GEM tokens.
+
+        Returns:
+            ``states`` with those of the suffixes. Shape: ``(B, T, D)``
+        """
+        is_suffix = segments[rows] == SUFFIX
+        order = (~is_suffix).int().argsort(dim=1, stable=True)[:, : int(is_suffix.sum(dim=1).max())]
+        is_real = is_suffix.gather(1, order)
+        suffix_ids = input_ids[rows].gather(1, order).masked_fill(~is_real, self.pad_token_id)
+        suffix_states = self._run(
+            self.model,
+            input_ids=suffix_ids,
+            position_ids=lengths[rows, None] + 1 + torch.arange(order.shape[1], device=order.device),
+            past_key_values=cache_of((k[rows, :, -self.num_gem_tokens :] for k in layer) for layer in tensors_of(past)),
+        )
+        index = rows[:, None].expand_as(order)[is_real], order[is_real]
+        return states.index_put(index, suffix_states[is_real])
+
+    def _run_prefix(
+        self, input_ids: Tensor, shared: tuple[Tensor, DynamicCache] | None = None
+    ) -> tuple[Tensor, DynamicCache]:
+        """Run right-padded text through the base. Shapes: ``(B, T)`` -> ``(B, T, D)`` and its keys and values"""
+        nothing = self._gem_rows().new_zeros((1, 0, self._width)), DynamicCache()
+        states, past = _expand(shared or nothing, len(input_ids))
+        if input_ids.shape[1] == states.shape[1]:
+            return states, past
+        new_states = self._run(self.model, input_ids=input_ids[:, states.shape[1] :], past_key_values=past)
+        return torch.cat([states, new_states], dim=1), past
+
+    def _close_gaps(self, past: DynamicCache, is_text: Tensor) -> tuple[DynamicCache, Tensor]:
+        """Move padding to the left where a sliding window counts keys, so that it ends at the last of the text."""
+        if not self._has_sliding_window or bool(is_text.all()):
+            return past, is_text
+        order = is_text.int().argsort(dim=1, stable=True)
+        moved = cache_of((take_tokens(tensor, order) for tensor in layer) for layer in tensors_of(past))
+        return moved, is_text.gather(1, order)
+
+    @property
+    def _has_sliding_window(self) -> bool:
+        config = self.model.config.get_text_config()
+        if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+            return True
+        return any(value for key, value in config.to_dict().items() if "window" in key or "chunk" in key)
+
+    def _run_gem_tokens(self, past: DynamicCache, is_text: Tensor, lengths: Tensor) -> Tensor:
+        """Append the K GEM tokens to a cache, in place.
+
+        Args:
+            past: Keys and values of P tokens.
+            is_text: False for keys that are padding. Shape: ``(B, P)``
+            lengths: The position of the GEM tokens, which is the number of tokens before them. Shape: ``(B,)``
+
+        Returns:
+            Hidden states of the GEM tokens. Shape: ``(B, K, D)``
+        """
+        shape = (len(lengths), self.num_gem_tokens)
+        segments = F.pad(torch.full(shape, GEM, device=lengths.device), (is_text.shape[1], 0), value=PREFIX)
+        real = F.pad(is_text, (0, self.num_gem_tokens), value=True)
+        model = self.adapter_model if self.freeze_base else self.model
+        return self._run(
+            model,
+            inputs_embeds=self._gem_rows().expand(len(lengths), -1, -1),
+            attention_mask=gem_attention_mask(model.config, segments, real, model.dtype, past),
+            position_ids=lengths[:, None].expand(shape),
+            past_key_values=past,
+        )
+
+    def _gem_rows(self) -> Tensor:
+        """Embeddings of the GEM tokens. Shape: ``(K, D)``"""
+        if self.freeze_base:
+            return self.gem_embeddings.to(self.model.dtype)
+        return self.model.get_input_embeddings()(torch.tensor(self.gem_token_ids, device=self.model.device))
 
     def _last_hidden_state(
         self, input_ids: Tensor, segments: Tensor | None = None, attention_mask: Tensor | None = None
@@ -704,55 +1156,287 @@ class GemTransformer(InputModule):
         Shapes: ``(B, T)`` each -> ``(B, T, D)``
         """
         if segments is None or attention_mask is None:
-            return self._backbone(input_ids).last_hidden_state
+            return self._run(self.model, input_ids=input_ids)
         mask = gem_attention_mask(self.model.config, segments, attention_mask, self.model.dtype)
         position_ids = gem_position_ids(segments, attention_mask)
-        return self._backbone(input_ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
+        return self._run(self.model, input_ids=input_ids, attention_mask=mask, position_ids=position_ids)
 
-    def _backbone(self, input_ids: Tensor, **inputs: Any) -> Any:
-        """Run the model without its language-model head."""
-        backbone = self.model.get_decoder() if self.model.base_model is self.model else self.model.base_model
-        return backbone(input_ids=input_ids, use_cache=False, **inputs)
+    def _run(self, model: Any, **inputs: Any) -> Tensor:
+        """Run a model without its language-model head; a cache among the inputs is written to. Shape: ``(B, T, D)``"""
+        backbone = model.get_decoder() if model.base_model is model else model.base_model
+        return backbone(use_cache="past_key_values" in inputs, **inputs).last_hidden_state
+
+    # ---- one cache for embedding and generation
+
+    @torch.no_grad()
+    def prefill(self, prompts: Prompts, *, prompt: str | None = None, max_length: int | None = None) -> GemCache:
+        """Read texts once, to embed and to continue them.
+
+        Args:
+            prompts: Texts or chat messages, as :meth:`generate` takes them.
+            prompt: Put before every text.
+            max_length: Tokens in a row, the K places for GEM tokens included, instead of :attr:`max_seq_length`.
+                Longer texts are truncated as `encode` does, with a warning.
+
+        Returns:
+            A cache of B rows, whose GEM tokens are yet to come.
+        """
+        max_length = self.max_seq_length if max_length is None else max_length
+        rows, _ = self._tokenize_prompts(prompts, prompt or "")
+        width = max_length - self.num_gem_tokens
+        if any(len(row) > width for row in rows):
+            logger.warning(
+                f"Some of {len(rows)} texts were truncated to {width} tokens; raise max_length to keep more."
+            )
+            rows, _ = self._tokenize_prompts(prompts, prompt or "", max_length)
+        return self._append(None, rows)
+
+    @torch.no_grad()
+    def extend(self, cache: GemCache, texts: str | Sequence[str]) -> GemCache:
+        """Append text to what a cache has read, at the price of the new tokens.
+
+        Args:
+            cache: What was read before; it stays as it is.
+            texts: One text for each row, or one for all. Each is tokenised on its own, without special tokens.
+
+        Returns:
+            A new cache.
+
+        Raises:
+            ValueError: If there are more or fewer texts than rows, or they exceed the model's context.
+        """
+        texts = [texts] * len(cache) if isinstance(texts, str) else list(texts)
+        if len(texts) != len(cache):
+            raise ValueError(f"extend needs one text for each of {len(cache)} rows, or one for all, got {len(texts)}.")
+        return self._append(cache, self._tokenize(texts, add_special_tokens=False))
+
+    def _append(self, cache: GemCache | None, rows: list[list[int]]) -> GemCache:
+        new = self.pad([torch.tensor(row, dtype=torch.long) for row in rows], padding_side="right")
+        ids, real = (new[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+        with _Evaluating(self.model):
+            if cache is None:
+                past = self._run_prefix(ids)[1]
+            else:
+                self._check_cache(cache)
+                past, num_new = cache.past_key_values(), ids.shape[1]
+                ids, real = torch.cat([cache.input_ids, ids], dim=1), torch.cat([cache.attention_mask, real], dim=1)
+                self._check_context(real)
+                if num_new:
+                    positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -num_new:]
+                    inputs = {"input_ids": ids[:, -num_new:], "attention_mask": real.long(), "position_ids": positions}
+                    self._run(self.model, **inputs, past_key_values=past)
+        return GemCache(tensors_of(past), input_ids=ids, attention_mask=real.bool())._keep(real.bool())
+
+    @torch.no_grad()
+    def summarize(self, cache: GemCache) -> Tensor:
+        """Embed what a cache has read, at the price of K tokens.
+
+        Args:
+            cache: From :meth:`prefill`, :meth:`extend` or :meth:`generate`; it stays as it is.
+
+        Returns:
+            What `encode` gives for the same tokens, before further modules.
+            Shape: ``(B, D)``, or ``(B, K * D)`` for concat
+
+        Raises:
+            ValueError: If the cache is not of this model.
+        """
+        states, _ = self._summarize(cache)
+        return pool_gem_tokens(states, torch.full_like(states[..., 0], GEM), self.num_gem_tokens, self.pooling)
+
+    def _summarize(self, cache: GemCache) -> tuple[Tensor, DynamicCache]:
+        """Hidden states of the GEM tokens, shape ``(B, K, D)``, and a cache that ends in them."""
+        self._check_cache(cache)
+        self._check_context(F.pad(cache.attention_mask, (0, 1), value=True))
+        past = cache.past_key_values()
+        with _Evaluating(self):
+            return self._run_gem_tokens(past, cache.attention_mask, cache.lengths), past
+
+    def _check_cache(self, cache: GemCache) -> None:
+        if not isinstance(cache, GemCache):
+            raise ValueError(
+                f"A GemCache is needed, got {type(cache).__name__}. `prefill` makes one, and so does `generate` with "
+                "return_cache=True; a cache of transformers may have dropped what lies outside a sliding window."
+            )
+        config = self.model.config.get_text_config()
+        keys = cache.layers[0][0] if cache.layers else None
+        if keys is None:
+            return
+        if len(cache.layers) > config.num_hidden_layers or keys.dtype != self.model.dtype:
+            raise ValueError(
+                f"The cache has {len(cache.layers)} layers of {keys.dtype}, the model {config.num_hidden_layers} of "
+                f"{self.model.dtype}: it was made by another model, or cast. Read the texts again with `prefill`."
+            )
+        if keys.device != self.model.device:
+            raise ValueError(f"The cache is on {keys.device}, the model on {self.model.device}. Use cache.to(device).")
+
+    def _check_context(self, real: Tensor) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        longest = int(real.sum(dim=1).max()) if len(real) else 0
+        if longest > limit:
+            raise ValueError(
+                f"{longest} tokens exceed the model's context of {limit}. Use cache.crop(...) to shorten it."
+            )
+
+    @torch.no_grad()
+    def compress(self, texts: Prompts | GemCache) -> GemMemory:
+        """Keep of texts only the keys and values of their K GEM tokens (paper, table 6).
+
+        Args:
+            texts: Texts or chat messages, or a cache that has read them.
+
+        Returns:
+            A memory of B rows, whose size does not depend on the texts' length.
+        """
+        cache = texts if isinstance(texts, GemCache) else self.prefill(texts)
+        states, past = self._summarize(cache)
+        layers = [tuple(tensor[:, :, -self.num_gem_tokens :] for tensor in layer) for layer in tensors_of(past)]
+        return GemMemory(layers, lengths=cache.lengths, last_hidden_state=states[:, -1])  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def reconstruct(self, memory: GemMemory, **generate_kwargs: Any) -> list[str]:
+        """Write the texts that a memory was made of, as far as it holds them (paper, table 6).
+
+        It takes a model trained with the reconstruction task of :class:`gem_st.GemLoss`. Decoding is greedy unless
+        asked otherwise, and stops after as many tokens as the text had.
+
+        Args:
+            memory: From :meth:`compress`.
+            **generate_kwargs: Passed to transformers' ``generate``; the first token is always the most likely one.
+
+        Returns:
+            One text for each row.
+        """
+        num_new = (memory.lengths - self.num_special_tokens).clamp(min=0).tolist()
+        longest = generate_kwargs.pop("max_new_tokens", max(num_new, default=0))
+        if not isinstance(memory, GemMemory) or longest < 1:
+            return [""] * len(memory)
+        logits = output_logits(
+            memory.last_hidden_state, self.model.get_output_embeddings(), self.model.config.get_text_config()
+        )
+        if not self.freeze_base:
+            logits[:, self.gem_token_ids] = -torch.inf
+        # The ids of the GEM tokens are not read again: their keys and values are there.
+        ids = F.pad(logits.argmax(dim=-1, keepdim=True), (self.num_gem_tokens, 0), value=self.pad_token_id)
+        sequences = ids
+        if longest > 1:
+            sequences = self._generate(
+                ids,
+                torch.ones_like(ids),
+                past_key_values=cache_of(memory.layers),
+                position_ids=memory.lengths[:, None] + 1 + torch.arange(-self.num_gem_tokens, 1, device=ids.device),
+                **{"do_sample": False, "max_new_tokens": longest - 1, **generate_kwargs},
+            ).sequences
+        new = sequences[:, self.num_gem_tokens :].tolist()
+        decode: Any = partial(self.tokenizer.decode, skip_special_tokens=True)
+        return [decode(row[:limit]) for row, limit in zip(new, num_new, strict=True)]
+
+    @property
+    def num_special_tokens(self) -> int:
+        """Special tokens, BOS in most models, that the tokenizer puts before a text."""
+        special = set(self.tokenizer.all_special_ids)
+        ids = self.tokenizer("a")["input_ids"]
+        return next((index for index, token_id in enumerate(ids) if token_id not in special), 0)
 
     # ---- generation
 
     def generate(
-        self, prompts: str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]], **generate_kwargs: Any
-    ) -> str | list[str]:
+        self,
+        prompts: Prompts | None = None,
+        *,
+        cache: GemCache | None = None,
+        return_cache: bool = False,
+        **generate_kwargs: Any,
+    ) -> str | list[str] | GeneratedText:
         """Continue text, or answer chat messages, as the language model that this model still is.
 
         Args:
             prompts: A text, a list of texts, the messages of a conversation (dicts with ``role`` and ``content``),
                 or a list of such conversations. Messages need a tokenizer with a chat template.
+            cache: What was read before, instead of prompts; it stays as it is.
+            return_cache: Also return what was read and written, without the end token, to be embedded or extended.
             **generate_kwargs: Passed to transformers' ``generate``, e.g. ``max_new_tokens=40, do_sample=True``.
 
         Returns:
-            The new text, without the prompt: a string for a single prompt, otherwise a list of strings. With
-            ``num_return_sequences`` above 1 always a list, all sequences of a prompt in a row.
+            The new text, without the prompt: a string for a single prompt, otherwise, and for a cache, a list of
+            strings. With ``num_return_sequences`` above 1 always a list, all sequences of a prompt in a row. With
+            ``return_cache`` the pair ``(text, cache)``.
 
         Raises:
-            ValueError: If a prompt is not text, or messages are given and the tokenizer has no chat template.
+            ValueError: If a prompt is not text, messages are given and the tokenizer has no chat template, or there
+                is not either a prompt or a cache to start from.
         """
+        if (prompts is None) == (cache is None):
+            raise ValueError("generate needs either prompts or a cache.")
+        if return_cache and generate_kwargs.get("num_beams", 1) > 1:
+            raise ValueError("return_cache=True needs num_beams=1.")
+        is_single, past = False, DynamicCache()
+        if cache is None:
+            assert prompts is not None
+            rows, is_single = self._tokenize_prompts(prompts)
+            if not rows:
+                return []
+            empty = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+            if any(not row for row in rows) and not empty:
+                raise ValueError("An empty prompt needs a tokenizer with a BOS token to start from; give some text.")
+            inputs = self.pad([torch.tensor(row or empty) for row in rows], padding_side="left")
+            ids, real = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+        else:
+            self._check_cache(cache)
+            if len(cache) == 0 or bool((cache.lengths == 0).any()):
+                raise ValueError("A row of the cache is empty: there is nothing to continue.")
+            ids, real = cache.input_ids, cache.attention_mask.long()
+            # The last token is read again, for its logits.
+            past = cache_of((tensor[:, :, :-1] for tensor in layer) for layer in cache.layers)
+        output = self._generate(ids, real, past_key_values=past, **generate_kwargs)
+        texts: list[str] = [self._decode_new(sequence, ids.shape[1]) for sequence in output.sequences]
+        text = texts[0] if is_single and len(texts) == 1 else texts
+        return GeneratedText(text, self._cache_of_output(output, real, generate_kwargs)) if return_cache else text
+
+    def _generate(self, input_ids: Tensor, attention_mask: Tensor, **generate_kwargs: Any) -> Any:
+        suppressed = {*(generate_kwargs.pop("suppress_tokens", None) or [])}
+        if not self.freeze_base:
+            suppressed |= {*self.gem_token_ids}
+        if suppressed:
+            generate_kwargs["suppress_tokens"] = sorted(suppressed)
+        generate_kwargs = {"pad_token_id": self.pad_token_id, **generate_kwargs, "return_dict_in_generate": True}
+        with _Evaluating(self.model):
+            return self.model.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
+
+    def _cache_of_output(self, output: Any, prompt_mask: Tensor, generate_kwargs: dict[str, Any]) -> GemCache:
+        """What transformers' ``generate`` has read and written, the last token included, as a :class:`GemCache`."""
+        sequences = output.sequences
+        num_prompt = prompt_mask.shape[1]
+        eos = generate_kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
+        eos_ids = torch.as_tensor([] if eos is None else eos, device=sequences.device).reshape(-1)
+        new = sequences[:, num_prompt:]
+        is_over = torch.isin(new, eos_ids).cumsum(dim=1) > 0
+        is_padding = (new != self.pad_token_id).flip(1).cumsum(dim=1).flip(1) == 0
+        prompt_mask = prompt_mask.bool().repeat_interleave(len(sequences) // len(prompt_mask), dim=0)
+        real = torch.cat([prompt_mask, ~is_over & ~is_padding], dim=1)
+        num_read = output.past_key_values.get_seq_length()
+        cache = GemCache(
+            tensors_of(output.past_key_values),
+            input_ids=sequences[:, :num_read],
+            attention_mask=real[:, :num_read],
+        )
+        rest = [ids[keep].tolist() for ids, keep in zip(sequences[:, num_read:], real[:, num_read:], strict=True)]
+        with torch.no_grad():
+            return self._append(cache._keep(cache.attention_mask), rest)
+
+    def _tokenize_prompts(
+        self, prompts: Prompts, prefix: str = "", max_length: int | None = None
+    ) -> tuple[list[list[int]], bool]:
+        """Token ids of each prompt, and whether a single one was given."""
         if not isinstance(prompts, str | list | tuple):
             raise ValueError(f"Prompts are a text, messages, or a list of either, got {type(prompts).__name__}.")
         is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
         batch: list[Any] = [prompts] if is_single else list(prompts)
         if not batch:
-            return []
-        rows = self._tokenize_chat(batch) if isinstance(batch[0], list) else self._tokenize(batch)
-        empty = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        if any(not row for row in rows) and not empty:
-            raise ValueError("An empty prompt needs a tokenizer with a BOS token to start from; give some text.")
-        inputs = self.pad([torch.tensor(row or empty) for row in rows], padding_side="left")
-        suppressed = sorted({*(generate_kwargs.pop("suppress_tokens", None) or []), *self.gem_token_ids})
-        generate_kwargs = {"pad_token_id": self.pad_token_id, **generate_kwargs, "suppress_tokens": suppressed}
-        with _Evaluating(self.model):
-            output = self.model.generate(
-                **{name: tensor.to(self.model.device) for name, tensor in inputs.items()}, **generate_kwargs
-            )
-        sequences = getattr(output, "sequences", output)
-        texts = [self._decode_new(sequence, inputs["input_ids"].shape[1]) for sequence in sequences]
-        return texts[0] if is_single and len(texts) == 1 else texts
+            return [], is_single
+        if isinstance(batch[0], list):
+            return self._tokenize(self._render_chat(batch), "", max_length, add_special_tokens=False), is_single
+        return self._tokenize(batch, prefix, max_length), is_single
 
     def _decode_new(self, sequence: Tensor, prompt_length: int) -> str:
         """Text of the tokens behind a prompt; decoded with it, since some tokenizers drop the first space of a text."""
@@ -760,14 +1444,14 @@ class GemTransformer(InputModule):
         prompt, whole = decode(sequence[:prompt_length]), decode(sequence)
         return whole[len(prompt) :] if whole.startswith(prompt) else decode(sequence[prompt_length:])
 
-    def _tokenize_chat(self, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
+    def _render_chat(self, conversations: list[list[dict[str, str]]]) -> list[str]:
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 "Chat messages were given, but the tokenizer has no chat template. Pass plain text to `generate`, or "
                 "use an instruction-tuned base."
             )
         rendered: Any = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-        return self._tokenize(rendered, add_special_tokens=False)
+        return rendered
 
     # ---- checkpoints
 
@@ -785,14 +1469,157 @@ class GemTransformer(InputModule):
         """
         if not safe_serialization:
             raise ValueError("GEM checkpoints hold safetensors only; save with safe_serialization=True.")
-        self.model.save_pretrained(output_path, **kwargs)
-        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
-            backend.no_truncation()
-        self.save_tokenizer(output_path)
+        folder = Path(output_path)
+        if self.freeze_base or self._has_lora:
+            self._check_base_unchanged()
+            self._save_adapter(folder / self.adapter_folder)
+        if self.freeze_base and self.save_base:
+            self._copy_base(folder, **kwargs)
+        elif not self.freeze_base and not self._has_lora:
+            self.model.save_pretrained(folder, **kwargs)
+        if self.save_base and not self._has_lora:
+            if backend := getattr(self.tokenizer, "backend_tokenizer", None):
+                backend.no_truncation()
+            self.save_tokenizer(output_path)
         self.save_config(output_path)
-        remote_code = Path(output_path, self.remote_code_file_name)
+        remote_code = folder / self.remote_code_file_name
         if not remote_code.exists() or not remote_code.samefile(__file__):
             shutil.copyfile(__file__, remote_code)
+
+    @property
+    def _has_lora(self) -> bool:
+        """True if a PEFT adapter works on every token, as `SentenceTransformer.add_adapter` makes it."""
+        return bool(getattr(self.model, "_hf_peft_config_loaded", False))
+
+    def _save_adapter(self, folder: Path) -> None:
+        """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""
+        peft = _import_peft()
+        model = self.adapter_model if self.freeze_base else self.model
+        if len(model.active_adapters()) != 1:
+            raise ValueError(f"One active adapter can be saved, but these are: {model.active_adapters()}.")
+        name = model.active_adapters()[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        lora = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        lora = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in lora.items()}
+        save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = copy.copy(model.peft_config[name])
+        config.base_model_name_or_path, config.inference_mode = (
+            self.get_config_dict().get("base_model_name_or_path"),
+            True,
+        )
+        config.save_pretrained(folder)
+        rows = (
+            [self.gem_embeddings] if self.freeze_base else [m[self.gem_token_ids] for m in self._vocabulary_matrices()]
+        )
+        named = {f"gem_rows.{index}": row.detach().contiguous() for index, row in enumerate(rows)}
+        save_file(named, folder / "gem_rows.safetensors", metadata={"format": "pt"})
+        fingerprint = json.dumps(fingerprint_base(self._base_folder, self.tokenizer), indent=2) + "\n"
+        (folder / "base_fingerprint.json").write_text(fingerprint, encoding="utf-8")
+        if not self.save_base and Path(str(self.base_model_name_or_path)).is_dir():
+            logger.warning(
+                f"The checkpoint names its base by a folder of this machine, {self.base_model_name_or_path}. Set "
+                "model[0].base_model_name_or_path (and base_model_revision) to the base's Hub id before saving."
+            )
+
+    def _load_adapter(self, model_name_or_path: str, hub_kwargs: dict[str, Any]) -> None:
+        """Read what :meth:`_save_adapter` wrote, after making sure that the base is the one it was trained on.
+
+        Raises:
+            ValueError: If a file is missing, or the base is another one.
+        """
+        subfolder = str(Path(hub_kwargs.get("subfolder") or "", self.adapter_folder))
+        names = ("adapter_config.json", "adapter_model.safetensors", "gem_rows.safetensors", "base_fingerprint.json")
+        paths = [cached_file(model_name_or_path, name, **{**hub_kwargs, "subfolder": subfolder}) for name in names]
+        saved = json.loads(Path(str(paths[-1])).read_text(encoding="utf-8"))
+        found = fingerprint_base(self._base_folder, self.tokenizer)
+        if different := [key for key, value in saved.items() if value != found[key]]:
+            raise ValueError(
+                f"{model_name_or_path} was trained on another base than {self._base_folder}: {' and '.join(different)} "
+                f"differ. It needs {self.base_model_name_or_path or 'the base it was saved with'}, unchanged."
+            )
+        rows = load_file(str(paths[2]))
+        with torch.no_grad():
+            if self.freeze_base:
+                self.gem_embeddings.copy_(rows["gem_rows.0"])
+            else:
+                for index, weight in enumerate(self._vocabulary_matrices()):
+                    weight[self.gem_token_ids] = rows[f"gem_rows.{index}"].to(weight)
+        model = self.adapter_model if self.freeze_base else self.model
+        config = _import_peft().PeftConfig.from_pretrained(str(Path(str(paths[0])).parent))
+        config.inference_mode = False
+        model.add_adapter(config)
+        state = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(str(paths[1])).items()}
+        expected = _import_peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+        if expected.keys() != state.keys():
+            raise ValueError(
+                f"{paths[1]} does not fit its adapter_config.json: {sorted(expected.keys() ^ state.keys())}."
+            )
+        _import_peft().set_peft_model_state_dict(model, state)
+
+    def _check_base_unchanged(self) -> None:
+        """Make sure that the weights beside the adapter are still those of the files it will be loaded with.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        vocabulary = [id(matrix) for matrix in self._vocabulary_matrices()]  # may hold GEM rows of our own
+        weights = {name.replace(".base_layer.", "."): weight for name, weight in self.model.named_parameters()}
+        for name, sample, rows in sample_weights(self._base_folder):
+            weight = weights.get(name)
+            if weight is None or id(weight) in vocabulary or not weight.is_floating_point():
+                continue  # quantised, or named otherwise in memory
+            if weight[rows].shape == sample.shape and not torch.equal(weight[rows].cpu(), sample.to(weight.dtype)):
+                raise ValueError(
+                    f"The base's weight {name} was changed after loading, so that an adapter saved for "
+                    f"{self._base_folder} would not fit it. Use freeze_base=False, or do not unfreeze the base."
+                )
+
+    def _copy_base(self, folder: Path, **kwargs: Any) -> None:
+        """Copy the base's files byte for byte; written anew only where they are not safetensors."""
+        weights = weight_files(self._base_folder)
+        if not weights:
+            self.model.save_pretrained(folder, **kwargs)
+            return
+        others = ("config.json", "generation_config.json", "model.safetensors.index.json")
+        for file in [*weights, *(self._base_folder / name for name in others)]:
+            target = folder / file.name
+            if file.exists() and not (target.exists() and target.samefile(file)):
+                shutil.copyfile(file, target)
+
+    def merge(self) -> None:
+        """Merge a LoRA that works on every token (`SentenceTransformer.add_adapter`) into the weights, in place.
+
+        Embeddings stay the same to 1e-5; afterwards the model is saved as a whole, without an adapter.
+
+        Raises:
+            ValueError: If there is nothing to merge, or merging would not be exact.
+        """
+        if self.freeze_base:
+            raise ValueError(
+                "The LoRA of a frozen base cannot be merged: it works on GEM tokens only, and merged weights would "
+                "work on the text as well, which changes both the embeddings and the generator. Save it as it is."
+            )
+        if not self._has_lora:
+            raise ValueError("There is no adapter to merge. model.add_adapter(LoraConfig(...)) adds one.")
+        if dtypes := {p.dtype for p in self.model.parameters()} - {torch.float32}:
+            raise ValueError(
+                f"Merging into weights of {', '.join(sorted(map(str, dtypes)))} would round them, and change the "
+                'embeddings. Save the adapter, load it with model_kwargs={"dtype": "float32"}, merge, cast afterwards.'
+            )
+        modules: list[tuple[str, Any]] = list(self.model.named_modules())
+        for name, module in modules:
+            if hasattr(module, "unload_and_optionally_merge_module"):  # the embedding, with its trained rows
+                merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            elif hasattr(module, "get_base_layer") and ".token_adapter" not in name:
+                module.merge(safe_merge=True)
+                merged = module.get_base_layer()
+            else:
+                continue
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, merged)
+        self.model.delete_adapter(list(self.model.peft_config))
+        self.model.requires_grad_(True)
+        self.save_base = True
 
     @classmethod
     def load(
@@ -839,7 +1666,6 @@ class GemTransformer(InputModule):
             "cache_dir": cache_folder,
             "revision": revision,
             "local_files_only": local_files_only,
-            "trust_remote_code": trust_remote_code,
         }
         saved = cls._load_gem_config(model_name_or_path, hub_kwargs)
         if not saved:
@@ -851,10 +1677,95 @@ class GemTransformer(InputModule):
             model_name_or_path,
             num_gem_tokens=saved["num_gem_tokens"],
             pooling=saved["pooling"],
-            model_kwargs={**hub_kwargs, **(model_kwargs or {})},
-            processor_kwargs={**hub_kwargs, **(processor_kwargs or {})},
-            config_kwargs={**hub_kwargs, **(config_kwargs or {})},
+            freeze_base=saved.get("freeze_base", False),
+            model_kwargs={**hub_kwargs, "trust_remote_code": trust_remote_code, **(model_kwargs or {})},
+            processor_kwargs={**hub_kwargs, "trust_remote_code": trust_remote_code, **(processor_kwargs or {})},
+            config_kwargs={**hub_kwargs, "trust_remote_code": trust_remote_code, **(config_kwargs or {})},
         )
+
+
+def _add_adapter_with_gem_rows(model: Any, gem_token_ids: list[int] | None, adapter_config: Any, *args: Any) -> None:
+    """Have PEFT train the GEM tokens' embeddings along with a LoRA, and save them without the rest of the matrix.
+
+    Raises:
+        ValueError: If the base is frozen.
+    """
+    if gem_token_ids is None:
+        raise ValueError("A frozen base takes no further adapter. Use GemTransformer(..., freeze_base=False).")
+    if getattr(adapter_config, "trainable_token_indices", ()) is None:
+        adapter_config.trainable_token_indices = gem_token_ids
+    type(model).add_adapter(model, adapter_config, *args)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's weights; empty if it has none."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return [file for file in [folder / "model.safetensors"] if file.exists()]
+
+
+def sample_weights(folder: Path) -> Iterator[tuple[str, Tensor, list[int]]]:
+    """Name, rows and row numbers of each weight in a model's files: its first, middle and last row."""
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                weight = file.get_slice(name)
+                num_rows = (weight.get_shape() or [0])[0]
+                rows = sorted({0, num_rows // 2, num_rows - 1}) if num_rows else []
+                if rows:
+                    yield name, torch.cat([weight[row : row + 1] for row in rows]), rows
+
+
+def fingerprint_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    """What a base is recognised by: hashes of its config, its tokenizer and a sample of its weights.
+
+    They are taken from files, so that they do not depend on the data type or quantisation it is loaded with.
+    """
+    volatile = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = "The quick brown fox, 3.14 \u00e9\u4e16 \n"
+    tokens = [sorted(tokenizer.get_vocab().items()), tokenizer(text)["input_ids"]]
+    weights = sorted(
+        (name, str(sample.dtype), hashlib.sha256(sample.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
+        for name, sample, _ in sample_weights(folder)
+    )
+    parts = {"config": _without(config, *volatile), "tokenizer": tokens, "weights": weights}
+    return {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() if part else None
+        for name, part in parts.items()
+    }
+
+
+def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("A LoRA needs PEFT: pip install peft") from error
+    return peft
+
+
+def share_weights(model: Any) -> Any:
+    """A second model made of the same layers and weights, to which adapters can be added without touching the first.
+
+    Modules that hold modules are copied; those at the leaves, all parameters and the configurations are shared, so
+    that no memory is spent and moving or casting one moves or casts both.
+    """
+    shared: list[Any] = [model.config, model.config.get_text_config(), model.generation_config, *model.parameters()]
+    shared += [module for module in model.modules() if not any(module.children())]
+    return copy.deepcopy(model, {id(part): part for part in shared})
+
+
+def _expand(shared: tuple[Tensor, DynamicCache], num_rows: int) -> tuple[Tensor, DynamicCache]:
+    """Repeat the states, keys and values of one row, without copying them."""
+    states, past = shared
+    layers = [[tensor.expand(num_rows, -1, -1, -1) for tensor in layer] for layer in tensors_of(past)]
+    return states.expand(num_rows, -1, -1), cache_of(layers)
 
 
 class _Evaluating:

@@ -70,8 +70,10 @@ def test_inputs_that_are_not_text(make_model, value):
 def test_a_single_text_where_a_list_is_needed(make_model):
     with pytest.raises(ValueError, match="got the single text 'hello'"):
         make_model().preprocess("hello")
-    with pytest.raises(ValueError, match="Prompts are a text, messages, or a list of either, got NoneType"):
-        make_model()[0].generate(None)
+    with pytest.raises(ValueError, match="Prompts are a text, messages, or a list of either, got int"):
+        make_model()[0].generate(5)
+    with pytest.raises(ValueError, match="generate needs either prompts or a cache"):
+        make_model()[0].generate()
 
 
 def test_an_encoder_only_model(save_base):

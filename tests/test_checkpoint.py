@@ -57,7 +57,9 @@ def test_what_lies_in_a_checkpoint(saved):
         "max_seq_length": 64,
         "gem_token_ids": model[0].gem_token_ids,
         "gem_token_source": "grown",
+        "freeze_base": False,
         "logit_scale": 2.5,
+        "save_base": True,
     }
     source = Path(__file__).parents[1] / "gem_st" / "modeling_gem.py"
     assert (folder / "gem_st.py").read_text() == source.read_text()

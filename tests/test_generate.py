@@ -57,7 +57,7 @@ def test_no_gem_token_is_emitted_even_if_it_is_the_most_likely(make_model):
     gem.generate(
         "It rained", max_new_tokens=5, do_sample=False, suppress_tokens=[7], generation_config=GenerationConfig()
     )
-    assert not torch.isin(seen[0], torch.tensor([7, *gem.gem_token_ids])).any()
+    assert not torch.isin(seen[0].sequences, torch.tensor([7, *gem.gem_token_ids])).any()
 
 
 def test_chat_messages_go_through_the_template(make_model):

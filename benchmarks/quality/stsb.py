@@ -1,6 +1,7 @@
-"""STS-B and perplexity before and after training in full mode, over seeds.
+"""STS-B and perplexity before and after training, in full mode or with a frozen base, over seeds.
 
-    python benchmarks/quality/full_mode.py --data DATA --base MODELS/base-8m --seeds 0 1 2
+    python benchmarks/quality/stsb.py --data DATA --base MODELS/base-8m --seeds 0 1 2
+    python benchmarks/quality/stsb.py --data DATA --base MODELS/base-8m --seeds 0 1 2 --freeze-base
 
 DATA holds sts/stsb-{dev,test}.csv and text/*.txt. Settings are chosen on the dev split; the test split is the report.
 """
@@ -31,6 +32,7 @@ TEXTS = {
     "wiki": "text/wikipedia_sentences.txt",
     "books": "text/classic_books_sentences_200k.txt",
     "stories": "text/tiny_stories_944k.txt",
+    "nli": "nli/pairs.csv",
 }
 SPLITS = ("dev", "test")
 NUM_HELD_OUT = 400
@@ -41,7 +43,9 @@ def read_sentences(data: Path, num: int, shares: dict[str, float]) -> list[str]:
     sentences = []
     for name, share in shares.items():
         lines = (data / TEXTS[name]).read_text(encoding="utf-8").splitlines()
-        if name == "stories":
+        if name == "nli":  # the sentences alone, not which follows from which
+            lines = sorted({row[key] for row in csv.DictReader(lines) for key in ("premise", "hypothesis")})
+        elif name == "stories":
             lines = [piece for line in lines for piece in re.split(r"(?<=[.!?])\s+", line)]
         lines = [line.strip() for line in lines if len(line.split()) > 3][:-NUM_HELD_OUT]
         sentences += random.Random(0).sample(lines, min(round(num * share), len(lines)))
@@ -75,11 +79,22 @@ def train(args: argparse.Namespace, texts: list[str], seed: int) -> tuple[Senten
         args.base,
         num_gem_tokens=args.num_gem_tokens,
         max_seq_length=args.max_length,
+        freeze_base=args.freeze_base,
+        lora_rank=args.lora_rank,
+        lora_kwargs=args.lora_kwargs,
+        pooling=args.pooling,
         model_kwargs={"dtype": args.dtype},
     )
     model = SentenceTransformer(modules=[gem])
-    alpha = AlphaSchedule(args.ntp_steps, args.final_alpha, args.rise_steps)
-    loss = GemLoss(model, plain_ratio=args.plain_ratio, tasks=args.tasks, token_dropout=args.token_dropout, alpha=alpha)
+    alpha = AlphaSchedule(args.ntp_steps, args.final_alpha, args.rise_steps) if args.alpha is None else args.alpha
+    loss = GemLoss(
+        model,
+        plain_ratio=args.plain_ratio,
+        tasks=args.tasks,
+        token_dropout=args.token_dropout,
+        alpha=alpha,
+        scale=args.scale,
+    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
             folder,
@@ -112,6 +127,10 @@ def main() -> None:
     parser.add_argument("--num-texts", type=int, default=18_000)
     parser.add_argument("--texts", nargs="+", default=["wiki=0.67", "books=0.33"], help=f"NAME=SHARE of {[*TEXTS]}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--freeze-base", action="store_true")
+    parser.add_argument("--lora-rank", type=int, default=32)
+    parser.add_argument("--lora-kwargs", type=json.loads, default={}, help="JSON, for peft's LoraConfig")
+    parser.add_argument("--pooling", default="mean")
     parser.add_argument("--num-gem-tokens", type=int, default=4)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -124,6 +143,8 @@ def main() -> None:
     parser.add_argument("--plain-ratio", type=float, default=0.8)
     parser.add_argument("--tasks", nargs="+", default=["reconstruction", "continuation"])
     parser.add_argument("--token-dropout", type=float, default=0.7)
+    parser.add_argument("--scale", type=float)
+    parser.add_argument("--alpha", type=float, help="a number instead of the schedule below")
     parser.add_argument("--ntp-steps", type=int, default=30)
     parser.add_argument("--final-alpha", type=float, default=0.9)
     parser.add_argument("--rise-steps", type=int, default=120)
