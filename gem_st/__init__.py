@@ -2,11 +2,20 @@
 
 from ._version import __version__
 from .losses import GemLoss
-from .modeling_gem import GemTransformer, gem_attention_mask
+from .modeling_gem import GemCache, GemMemory, GemTransformer, gem_attention_mask
 from .training import AlphaSchedule, TwoPhaseLearningRate
 
 # The public name of the class, as numpy does it: checkpoints name `gem_st.GemTransformer`, and carry its file as
 # `gem_st.py`, so that they load alike with and without this package.
 GemTransformer.__module__ = "gem_st"
 
-__all__ = ["AlphaSchedule", "GemLoss", "GemTransformer", "TwoPhaseLearningRate", "__version__", "gem_attention_mask"]
+__all__ = [
+    "AlphaSchedule",
+    "GemCache",
+    "GemLoss",
+    "GemMemory",
+    "GemTransformer",
+    "TwoPhaseLearningRate",
+    "__version__",
+    "gem_attention_mask",
+]

@@ -166,14 +166,34 @@ def gem_attention_mask(
             'model.set_attn_implementation("sdpa"). Only K = 1 without a suffix runs without a mask.'
         )
     num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    shape_only = segments.new_empty((len(segments), segments.shape[1] - num_past, 0), dtype=dtype)
-    return create_masks_for_generate(
-        config=config,
-        inputs_embeds=shape_only,
-        attention_mask=attention_mask.bool(),
-        past_key_values=past_key_values,
-        and_mask_function=gem_mask_function(segments),
-    )
+    num_rows, num_keys = segments.shape
+    inputs = {
+        "config": config,
+        "inputs_embeds": segments.new_empty((num_rows, num_keys - num_past, 0), dtype=dtype),  # for its shape only
+        "attention_mask": attention_mask.bool(),
+        "past_key_values": past_key_values,
+    }
+    may_attend = gem_mask_function(segments)
+    if config._attn_implementation == "flex_attention":
+        return create_masks_for_generate(**inputs, and_mask_function=may_attend)
+    # The same for masks that are tensors, but many times faster: given a function, transformers maps it over indices.
+    row, key = (torch.arange(size, device=segments.device) for size in segments.shape)
+    rule = may_attend(row[:, None, None, None], row[:0], key[num_past:, None], key)
+    combine = partial(_combine_masks, rule=rule, is_causal=key[num_past:, None] >= key)
+    masks = create_masks_for_generate(**inputs)
+    return {name: combine(mask) for name, mask in masks.items()} if isinstance(masks, dict) else combine(masks)
+
+
+def _combine_masks(mask: Tensor | None, rule: Tensor, is_causal: Tensor) -> Tensor:
+    """Forbid in a mask of transformers what the rule forbids; None is its shorthand for causality.
+
+    Shapes: ``(B, 1, Q, T)``, ``(B, 1, Q, T)``, ``(Q, T)`` -> ``(B, 1, Q, T)``
+    """
+    if mask is None:
+        return rule & is_causal
+    if mask.dtype == torch.bool:
+        return rule & mask
+    return mask.masked_fill(~rule, torch.finfo(mask.dtype).min)
 
 
 def length_buckets(lengths: Tensor, cost: int) -> list[Tensor]:
@@ -629,7 +649,7 @@ class GemTransformer(InputModule):
             self._load_adapter(model_name_or_path, hub_kwargs)
         elif freeze_base:
             options = {"r": lora_rank, "lora_alpha": 2 * lora_rank, "target_modules": "all-linear"}
-            self.adapter_model.add_adapter(_import_peft().LoraConfig(**{**options, **(lora_kwargs or {})}))
+            self._add_lora(_import_peft().LoraConfig(**{**options, **(lora_kwargs or {})}))
         self._check_is_causal(base)
         if num_gem_tokens > 1 or freeze_base:
             self.require_attention_mask()
@@ -734,6 +754,15 @@ class GemTransformer(InputModule):
         used = torch.arange(max(self.tokenizer.get_vocab().values()) + 1, device=self.model.device)
         rows = draw_gem_rows(self.model.get_input_embeddings()(used), self.num_gem_tokens)
         self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
+
+    def _add_lora(self, config: Any) -> Any:
+        """Add an adapter to the model that computes GEM tokens; its weights are float32 whatever the base's are."""
+        model = self.adapter_model if self.freeze_base else self.model
+        model.add_adapter(config)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+        return model
 
     def train(self, mode: bool = True) -> GemTransformer:
         """Set training mode; a frozen base stays in evaluation mode, so that what it computes never changes."""
@@ -1130,13 +1159,18 @@ class GemTransformer(InputModule):
             Hidden states of the GEM tokens. Shape: ``(B, K, D)``
         """
         shape = (len(lengths), self.num_gem_tokens)
-        segments = F.pad(torch.full(shape, GEM, device=lengths.device), (is_text.shape[1], 0), value=PREFIX)
-        real = F.pad(is_text, (0, self.num_gem_tokens), value=True)
         model = self.adapter_model if self.freeze_base else self.model
+        real = F.pad(is_text, (0, self.num_gem_tokens), value=True)
+        mask: Any = real
+        if self.num_gem_tokens > 1:
+            segments = F.pad(torch.full(shape, GEM, device=lengths.device), (is_text.shape[1], 0), value=PREFIX)
+            mask = gem_attention_mask(model.config, segments, real, model.dtype, past)
+        elif bool(is_text.all()):
+            mask = None
         return self._run(
             model,
             inputs_embeds=self._gem_rows().expand(len(lengths), -1, -1),
-            attention_mask=gem_attention_mask(model.config, segments, real, model.dtype, past),
+            attention_mask=mask,
             position_ids=lengths[:, None].expand(shape),
             past_key_values=past,
         )
@@ -1306,10 +1340,15 @@ class GemTransformer(InputModule):
 
         Returns:
             One text for each row.
+
+        Raises:
+            ValueError: If it is no memory.
         """
+        if not isinstance(memory, GemMemory):
+            raise ValueError(f"A GemMemory is needed, got {type(memory).__name__}. `compress` makes one.")
         num_new = (memory.lengths - self.num_special_tokens).clamp(min=0).tolist()
-        longest = generate_kwargs.pop("max_new_tokens", max(num_new, default=0))
-        if not isinstance(memory, GemMemory) or longest < 1:
+        longest = max(num_new, default=0)
+        if longest < 1:
             return [""] * len(memory)
         logits = output_logits(
             memory.last_hidden_state, self.model.get_output_embeddings(), self.model.config.get_text_config()
@@ -1327,9 +1366,10 @@ class GemTransformer(InputModule):
                 position_ids=memory.lengths[:, None] + 1 + torch.arange(-self.num_gem_tokens, 1, device=ids.device),
                 **{"do_sample": False, "max_new_tokens": longest - 1, **generate_kwargs},
             ).sequences
-        new = sequences[:, self.num_gem_tokens :].tolist()
+        new = sequences[:, self.num_gem_tokens :]
+        is_over = torch.isin(new, self._eos_token_ids(generate_kwargs)).cumsum(dim=1) > 0
         decode: Any = partial(self.tokenizer.decode, skip_special_tokens=True)
-        return [decode(row[:limit]) for row, limit in zip(new, num_new, strict=True)]
+        return [decode(row[~over][:limit]) for row, over, limit in zip(new, is_over, num_new, strict=True)]
 
     @property
     def num_special_tokens(self) -> int:
@@ -1407,10 +1447,8 @@ class GemTransformer(InputModule):
         """What transformers' ``generate`` has read and written, the last token included, as a :class:`GemCache`."""
         sequences = output.sequences
         num_prompt = prompt_mask.shape[1]
-        eos = generate_kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
-        eos_ids = torch.as_tensor([] if eos is None else eos, device=sequences.device).reshape(-1)
         new = sequences[:, num_prompt:]
-        is_over = torch.isin(new, eos_ids).cumsum(dim=1) > 0
+        is_over = torch.isin(new, self._eos_token_ids(generate_kwargs)).cumsum(dim=1) > 0
         is_padding = (new != self.pad_token_id).flip(1).cumsum(dim=1).flip(1) == 0
         prompt_mask = prompt_mask.bool().repeat_interleave(len(sequences) // len(prompt_mask), dim=0)
         real = torch.cat([prompt_mask, ~is_over & ~is_padding], dim=1)
@@ -1423,6 +1461,10 @@ class GemTransformer(InputModule):
         rest = [ids[keep].tolist() for ids, keep in zip(sequences[:, num_read:], real[:, num_read:], strict=True)]
         with torch.no_grad():
             return self._append(cache._keep(cache.attention_mask), rest)
+
+    def _eos_token_ids(self, generate_kwargs: dict[str, Any]) -> Tensor:
+        eos = generate_kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
+        return torch.as_tensor([] if eos is None else eos, device=self.model.device).reshape(-1)
 
     def _tokenize_prompts(
         self, prompts: Prompts, prefix: str = "", max_length: int | None = None
@@ -1544,10 +1586,9 @@ class GemTransformer(InputModule):
             else:
                 for index, weight in enumerate(self._vocabulary_matrices()):
                     weight[self.gem_token_ids] = rows[f"gem_rows.{index}"].to(weight)
-        model = self.adapter_model if self.freeze_base else self.model
         config = _import_peft().PeftConfig.from_pretrained(str(Path(str(paths[0])).parent))
         config.inference_mode = False
-        model.add_adapter(config)
+        model = self._add_lora(config)
         state = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(str(paths[1])).items()}
         expected = _import_peft().get_peft_model_state_dict(model, save_embedding_layers=False)
         if expected.keys() != state.keys():
@@ -1773,12 +1814,15 @@ class _Evaluating:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.was_training = module, module.training
+        self.is_needed = module.training or any(child.training for child in module.children())
 
     def __enter__(self) -> None:
-        self.module.eval()
+        if self.is_needed:
+            self.module.eval()
 
     def __exit__(self, *exc_info: object) -> None:
-        self.module.train(self.was_training)
+        if self.is_needed:
+            self.module.train(self.was_training)
 
 
 def _configured_ids(model: Any) -> set[int]:

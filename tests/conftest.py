@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -140,11 +141,16 @@ def make_model(make_base: Callable[..., Path]) -> Callable[..., SentenceTransfor
     """Function that builds a SentenceTransformer on a random base; arguments of both may be mixed."""
 
     def make(architecture: str = "llama", **kwargs: object) -> SentenceTransformer:
-        own = ("num_gem_tokens", "pooling", "max_seq_length", "model_kwargs", "processor_kwargs", "config_kwargs")
-        settings = {key: kwargs.pop(key) for key in own if key in kwargs}
+        own = inspect.signature(GemTransformer).parameters
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in own}
         base = str(make_base(architecture, **kwargs))
         torch.manual_seed(0)  # the GEM rows are drawn from the global generator
-        return SentenceTransformer(modules=[GemTransformer(base, **settings)])
+        gem = GemTransformer(base, **settings)
+        with torch.no_grad():  # a LoRA starts at nothing; as if it had been trained
+            for name, weight in gem.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(std=0.3)
+        return SentenceTransformer(modules=[gem], device="cpu")
 
     return make
 

@@ -1,0 +1,111 @@
+"""What the frozen base and the shared cache cost and save, as ratios measured side by side in one run.
+
+    python benchmarks/cache_speed.py --base examples/base-8m --rounds 5
+
+Prints, for each comparison, the median over rounds of the ratio of two times taken one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+
+from gem_st import GemTransformer
+
+BOOK = Path(__file__).resolve().parents[1] / "examples" / "data" / "train.txt"
+
+
+def make_texts(tokenizer: transformers.PreTrainedTokenizerBase, num: int, num_tokens: int, shift: int = 0) -> list[str]:
+    """Texts that have exactly so many tokens, BOS not counted."""
+    ids = tokenizer(BOOK.read_text(encoding="utf-8").replace("\n", " "), add_special_tokens=False)["input_ids"]
+    texts: list[str] = []
+    start = shift
+    while len(texts) < num:
+        text = tokenizer.decode(ids[start : start + num_tokens])
+        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == num_tokens:
+            texts.append(text)
+        start += num_tokens
+        if start + num_tokens > len(ids):
+            start = shift = shift + 1
+    return texts
+
+
+def time_of(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def ratio(rounds: int, first: Callable[[], object], second: Callable[[], object]) -> float:
+    """Median of time(first) / time(second), after one round to warm up."""
+    ratios = [time_of(first) / time_of(second) for _ in range(rounds + 1)]
+    return round(statistics.median(ratios[1:]), 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=str(Path(__file__).resolve().parents[1] / "examples" / "base-8m"))
+    parser.add_argument("--num-gem-tokens", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--num", type=int, default=64, help="texts of each length")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+
+    results: dict[str, float] = {}
+    for k in args.num_gem_tokens:
+        for mode in ("frozen", "full"):
+            torch.manual_seed(0)
+            gem = GemTransformer(
+                args.base, num_gem_tokens=k, freeze_base=mode == "frozen", model_kwargs={"dtype": "float32"}
+            )
+            model = SentenceTransformer(modules=[gem], device="cpu")
+            name = f"{mode}, K = {k}"
+            for length in args.lengths:
+                texts = make_texts(gem.tokenizer, args.num, length)
+                batches = [torch.tensor(gem.tokenizer(texts[i : i + 32])["input_ids"]) for i in range(0, args.num, 32)]
+                backbone = gem.model.base_model
+
+                @torch.inference_mode()
+                def run_backbone(batches: list = batches, backbone: torch.nn.Module = backbone) -> None:
+                    for ids in batches:
+                        backbone(input_ids=ids, use_cache=False)
+
+                results[f"{name}: encode / backbone, {length} tokens"] = ratio(
+                    args.rounds, lambda texts=texts: model.encode(texts), run_backbone
+                )
+            (document,) = make_texts(gem.tokenizer, 1, 1000)
+            cache = gem.prefill(document)
+            results[f"{name}: summarize / encode, 1,000 tokens"] = ratio(
+                args.rounds * 4, lambda: gem.summarize(cache), lambda: model.encode(document)
+            )
+            (prompt,) = make_texts(gem.tokenizer, 1, 64, shift=5000)
+            texts = make_texts(gem.tokenizer, args.num * 2, 16)
+            joined = [prompt + text for text in texts]
+            with_reuse = time_prompt(args.rounds, model, joined)
+            results[f"{name}: throughput with prompt reuse / without, 64 + 16 tokens"] = with_reuse
+    print(json.dumps({"results": results, "threads": torch.get_num_threads(), "torch": torch.__version__}, indent=2))
+
+
+def time_prompt(rounds: int, model: SentenceTransformer, texts: list[str]) -> float:
+    """Time without reuse over time with it; without it, gradients are on, which turns reuse off."""
+    module = __import__(type(model[0]).__init__.__module__, fromlist=["x"])
+
+    def without() -> None:
+        length, module.SHARED_PREFIX_LENGTH = module.SHARED_PREFIX_LENGTH, 10**9
+        model.encode(texts)
+        module.SHARED_PREFIX_LENGTH = length
+
+    return ratio(rounds, without, lambda: model.encode(texts))
+
+
+if __name__ == "__main__":
+    main()
