@@ -12,13 +12,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 
-from gem_st import GemTransformer
+from gem_st import GemTransformer, modeling_gem
 
 BOOK = Path(__file__).resolve().parents[1] / "examples" / "data" / "train.txt"
 
@@ -67,44 +68,44 @@ def main() -> None:
             gem = GemTransformer(
                 args.base, num_gem_tokens=k, freeze_base=mode == "frozen", model_kwargs={"dtype": "float32"}
             )
-            model = SentenceTransformer(modules=[gem], device="cpu")
-            name = f"{mode}, K = {k}"
-            for length in args.lengths:
-                texts = make_texts(gem.tokenizer, args.num, length)
-                batches = [torch.tensor(gem.tokenizer(texts[i : i + 32])["input_ids"]) for i in range(0, args.num, 32)]
-                backbone = gem.model.base_model
-
-                @torch.inference_mode()
-                def run_backbone(batches: list = batches, backbone: torch.nn.Module = backbone) -> None:
-                    for ids in batches:
-                        backbone(input_ids=ids, use_cache=False)
-
-                results[f"{name}: encode / backbone, {length} tokens"] = ratio(
-                    args.rounds, lambda texts=texts: model.encode(texts), run_backbone
-                )
-            (document,) = make_texts(gem.tokenizer, 1, 1000)
-            cache = gem.prefill(document)
-            results[f"{name}: summarize / encode, 1,000 tokens"] = ratio(
-                args.rounds * 4, lambda: gem.summarize(cache), lambda: model.encode(document)
-            )
-            (prompt,) = make_texts(gem.tokenizer, 1, 64, shift=5000)
-            texts = make_texts(gem.tokenizer, args.num * 2, 16)
-            joined = [prompt + text for text in texts]
-            with_reuse = time_prompt(args.rounds, model, joined)
-            results[f"{name}: throughput with prompt reuse / without, 64 + 16 tokens"] = with_reuse
+            measured = measure(SentenceTransformer(modules=[gem], device="cpu"), args)
+            results |= {f"{mode}, K = {k}: {name}": value for name, value in measured.items()}
     print(json.dumps({"results": results, "threads": torch.get_num_threads(), "torch": torch.__version__}, indent=2))
 
 
+def measure(model: SentenceTransformer, args: argparse.Namespace) -> dict[str, float]:
+    gem, results = model[0], {}
+    for length in args.lengths:
+        texts = make_texts(gem.tokenizer, args.num, length)
+        batches = [torch.tensor(gem.tokenizer(texts[i : i + 32])["input_ids"]) for i in range(0, args.num, 32)]
+        results[f"encode / backbone, {length} tokens"] = ratio(
+            args.rounds, partial(model.encode, texts), partial(run_backbone, gem.model.base_model, batches)
+        )
+    (document,) = make_texts(gem.tokenizer, 1, 1000)
+    results["summarize / encode, 1,000 tokens"] = ratio(
+        args.rounds * 4, partial(gem.summarize, gem.prefill(document)), partial(model.encode, document)
+    )
+    (prompt,) = make_texts(gem.tokenizer, 1, 64, shift=5000)
+    texts = [prompt + text for text in make_texts(gem.tokenizer, args.num * 2, 16)]
+    results["throughput with prompt reuse / without, 64 + 16 tokens"] = time_prompt(args.rounds, model, texts)
+    return results
+
+
+@torch.inference_mode()
+def run_backbone(backbone: torch.nn.Module, batches: list[torch.Tensor]) -> None:
+    for ids in batches:
+        backbone(input_ids=ids, use_cache=False)
+
+
 def time_prompt(rounds: int, model: SentenceTransformer, texts: list[str]) -> float:
-    """Time without reuse over time with it; without it, gradients are on, which turns reuse off."""
-    module = __import__(type(model[0]).__init__.__module__, fromlist=["x"])
+    """Time of `encode` where nothing counts as a shared prefix, over its time as it is."""
 
     def without() -> None:
-        length, module.SHARED_PREFIX_LENGTH = module.SHARED_PREFIX_LENGTH, 10**9
+        length, modeling_gem.SHARED_PREFIX_LENGTH = modeling_gem.SHARED_PREFIX_LENGTH, 10**9
         model.encode(texts)
-        module.SHARED_PREFIX_LENGTH = length
+        modeling_gem.SHARED_PREFIX_LENGTH = length
 
-    return ratio(rounds, without, lambda: model.encode(texts))
+    return ratio(rounds, without, partial(model.encode, texts))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -50,3 +53,60 @@ def perplexity(
         total, count = total + loss.item() * num_targets, count + num_targets
     model.train(was_training)
     return math.exp(total / count)
+
+
+class ReconstructionEvaluator(BaseEvaluator):
+    """How much of texts their GEM tokens hold: writes each from its memory alone and compares (paper, table 6).
+
+    As an ``evaluator`` of the trainer it monitors the reconstruction task of :class:`gem_st.GemLoss`. Metrics are
+    ``exact_match``, the share of texts that come back whole, in [0, 1], and ``chrf``, sacreBLEU's chrF2 over all of
+    them, in [0, 100].
+
+    Args:
+        texts: The texts, short ones: the paper finds about 30 tokens to come back whole at most.
+        name: Put before the names of the metrics.
+        batch_size: Texts at a time.
+
+    Raises:
+        ImportError: If sacrebleu is not installed.
+        ValueError: If there are no texts.
+    """
+
+    def __init__(self, texts: Sequence[str], name: str = "", batch_size: int = 32) -> None:
+        super().__init__()
+        try:
+            from sacrebleu import CHRF
+        except ImportError as error:
+            raise ImportError("ReconstructionEvaluator needs sacrebleu: pip install sacrebleu") from error
+        if not texts:
+            raise ValueError("ReconstructionEvaluator needs at least one text.")
+        self.texts, self.name, self.batch_size = list(texts), name, batch_size
+        self.chrf = CHRF()
+        self.primary_metric = f"{name}_chrf" if name else "chrf"
+
+    def __call__(  # type: ignore[override]  # a dict always
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Measure.
+
+        Args:
+            model: A model whose first module is a GemTransformer.
+            output_path: Not used.
+            epoch: The trainer's epoch, for the model card.
+            steps: The trainer's step, for the model card.
+
+        Returns:
+            The metrics.
+        """
+        gem: Any = model[0]
+        copies: list[str] = []
+        for start in range(0, len(self.texts), self.batch_size):
+            copies += gem.reconstruct(gem.compress(self.texts[start : start + self.batch_size]))
+        hits = [copy.strip() == text.strip() for copy, text in zip(copies, self.texts, strict=True)]
+        metrics = {
+            "exact_match": sum(hits) / len(hits),
+            "chrf": self.chrf.corpus_score(copies, [self.texts]).score,
+        }
+        metrics = self.prefix_name_to_metrics(metrics, self.name)
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        return metrics
