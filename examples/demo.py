@@ -1,10 +1,12 @@
-"""A small language model becomes an embedder and stays a generator: trains GEM, compares before and after.
+"""A small language model becomes an embedder and stays a generator: trains GEM in both modes, compares with the base.
 
     python examples/demo.py                                          # examples/base-8m, offline
     python examples/demo.py --base HuggingFaceTB/SmolLM2-135M        # a base from the Hub
 
-Writes the model, results.json and report.png to --output. The texts, graded pairs and passages in examples/data were
-written for this project: the training sentences by the base model itself, the rest by its authors.
+The two modes are full fine-tuning, as in the paper, and a LoRA for the GEM tokens beside a frozen base, which leaves
+the generator as it is to the bit. Writes both models, results.json and report.png to --output. The texts, graded pairs
+and passages in examples/data were written for this project: the training sentences by the base model itself, the rest
+by its authors.
 """
 
 from __future__ import annotations
@@ -41,12 +43,15 @@ from matplotlib import pyplot as plt
 EXAMPLES = Path(__file__).resolve().parent
 DATA = EXAMPLES / "data"
 PROMPT = "The old man opened the door and"
+PARAGRAPH = {"max_new_tokens": 60, "do_sample": False, "repetition_penalty": 1.3}
+BASE, PERPLEXITY = "base, mean pooling", "perplexity of held-out text"
 FRESH_PROCESS = """
+import json
 import sys
 from sentence_transformers import SentenceTransformer
 model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
 print(model.encode(["The cat sleeps on the sofa.", "A cat is resting."]).shape)
-print(model[0].generate(sys.argv[2], max_new_tokens=60, do_sample=False, repetition_penalty=1.3))
+print(model[0].generate(sys.argv[2], **json.loads(sys.argv[3])))
 """
 
 
@@ -78,14 +83,26 @@ def evaluate(model: SentenceTransformer, evaluators: dict) -> dict[str, float]:
     return {name: evaluator(model)[evaluator.primary_metric] for name, evaluator in evaluators.items()}
 
 
-def train(model: SentenceTransformer, args: argparse.Namespace) -> list[dict]:
+def build(args: argparse.Namespace, mode: str) -> SentenceTransformer:
+    gem = GemTransformer(
+        args.base,
+        num_gem_tokens=args.num_gem_tokens,
+        freeze_base=mode == "frozen",
+        max_seq_length=128,
+        model_kwargs={"dtype": "float32"},
+    )
+    return SentenceTransformer(modules=[gem])
+
+
+def train(model: SentenceTransformer, args: argparse.Namespace, mode: str) -> list[dict]:
     """Train on the sentences that the base model wrote; returns the trainer's log."""
-    loss = GemLoss(model, alpha=AlphaSchedule(num_ntp_steps=args.steps // 5))
+    full = {"alpha": AlphaSchedule(num_ntp_steps=args.steps // 5)}
+    loss = GemLoss(model, **(full if mode == "full" else {}))
     arguments = SentenceTransformerTrainingArguments(
         str(args.output / "trainer"),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
+        learning_rate=args.learning_rate if mode == "full" else args.frozen_learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 20,
         logging_steps=10,
@@ -100,36 +117,36 @@ def train(model: SentenceTransformer, args: argparse.Namespace) -> list[dict]:
     return trainer.state.log_history
 
 
-def draw_report(log: list[dict], before: SentenceTransformer, after: SentenceTransformer, path: Path) -> None:
-    """Loss curves, alpha, and the similarity of three groups of sentences before and after."""
+def draw_report(logs: dict[str, list[dict]], models: dict[str, SentenceTransformer], path: Path) -> None:
+    """Loss curves, and the similarity of three groups of sentences by each model."""
     sentences = [
         *("A dog runs across the field.", "The puppy chases a ball on the grass.", "Our dog likes to play outside."),
         *("Bake the bread for forty minutes.", "The loaf is ready when it sounds hollow.", "Knead the dough well."),
         *("The train to the city is late.", "We waited an hour at the station.", "The railway line is closed today."),
     ]
-    steps = [entry for entry in log if "ntp" in entry]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for key in ("ntp", "contrastive"):
-        axes[0].plot([entry["step"] for entry in steps], [entry[key] for entry in steps], label=key)
+    figure, axes = plt.subplots(1, 1 + len(models), figsize=(19, 4.6), layout="constrained")
+    for mode, log in logs.items():
+        steps = [entry for entry in log if "contrastive" in entry]
+        for key, style in (("contrastive", "-"), ("ntp", ":")):
+            values = [entry[key] for entry in steps]
+            if any(values):
+                axes[0].plot([entry["step"] for entry in steps], values, style, label=f"{key}, {mode}")
     axes[0].set(title="Training", xlabel="step", ylabel="loss (nats)", ylim=(0, None))
-    alpha_axis = axes[0].twinx()
-    alpha_axis.plot([e["step"] for e in steps], [e["alpha"] for e in steps], color="gray", ls=":", label="alpha")
-    alpha_axis.set(ylabel="alpha", ylim=(0, 1.02))
-    axes[0].legend(handles=[*axes[0].lines, *alpha_axis.lines], loc="upper right")
-    for axis, model, title in zip(axes[1:], (before, after), ("Base, mean pooling", "GEM"), strict=True):
+    axes[0].legend(loc="upper right")
+    for axis, (name, model) in zip(axes[1:], models.items(), strict=True):
         vectors = model.encode(sentences, convert_to_tensor=True, normalize_embeddings=True).float()
         image = axis.imshow((vectors @ vectors.T).cpu(), vmin=0, vmax=1, cmap="viridis")
-        axis.set(title=f"{title}: cosines", xticks=[], yticks=range(9))
+        axis.set(title=f"{name}: cosines", xticks=[], yticks=range(9))
         axis.set_yticklabels(sentences if axis is axes[1] else [], fontsize=8)
     figure.colorbar(image, ax=axes[1:], shrink=0.9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def print_table(rows: dict[str, tuple[float, float]]) -> None:
-    print(f"\n{'':<28}{'base, mean pooling':>20}{'GEM':>10}")
-    for name, (before, after) in rows.items():
-        print(f"{name:<28}{before:>20.3f}{after:>10.3f}")
+def print_table(columns: dict[str, dict[str, float]]) -> None:
+    print(f"\n{'':<28}" + "".join(f"{name:>20}" for name in columns))
+    for row in next(iter(columns.values())):
+        print(f"{row:<28}" + "".join(f"{values[row]:>20.3f}" for values in columns.values()))
 
 
 def main() -> None:
@@ -140,7 +157,8 @@ def main() -> None:
     parser.add_argument("--num-gem-tokens", type=int, default=4)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of full fine-tuning")
+    parser.add_argument("--frozen-learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -150,39 +168,40 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     evaluators, held_out = build_evaluators(), [row["text"] for row in read_jsonl(DATA / "passages.jsonl")]
     backbone = Transformer(args.base, model_kwargs={"dtype": "float32"})
-    base = SentenceTransformer(modules=[backbone, Pooling(backbone.get_embedding_dimension(), "mean")])
-    gem = GemTransformer(
-        args.base, num_gem_tokens=args.num_gem_tokens, max_seq_length=128, model_kwargs={"dtype": "float32"}
-    )
-    model = SentenceTransformer(modules=[gem])
+    models = {BASE: SentenceTransformer(modules=[backbone, Pooling(backbone.get_embedding_dimension(), "mean")])}
+    columns = {BASE: evaluate(models[BASE], evaluators)}
+    plain = GemTransformer(args.base, freeze_base=True, model_kwargs={"dtype": "float32"})
+    columns[BASE][PERPLEXITY] = perplexity(plain.model, plain.tokenizer, held_out)
+    logs = {}
+    for mode in ("full", "frozen"):
+        model = build(args, mode)
+        logs[mode] = train(model, args, mode)
+        scores = {**evaluate(model, evaluators), PERPLEXITY: perplexity(model[0].model, model[0].tokenizer, held_out)}
+        if not all(math.isfinite(value) for value in scores.values()):
+            raise SystemExit(f"Training diverged: {scores}. Lower the learning rate.")
+        models[f"GEM, {mode}"], columns[f"GEM, {mode}"] = model, scores
+        model.save_pretrained(str(args.output / mode))
 
-    before = evaluate(base, evaluators)
-    before["perplexity of held-out text"] = perplexity(gem.model, gem.tokenizer, held_out)
-    log = train(model, args)
-    after = evaluate(model, evaluators)
-    after["perplexity of held-out text"] = perplexity(gem.model, gem.tokenizer, held_out)
-    if not all(math.isfinite(value) for value in after.values()):
-        raise SystemExit(f"Training diverged: {after}. Lower --learning-rate.")
-
-    model_folder = args.output / "model"
-    model.save_pretrained(str(model_folder))
-    draw_report(log, base, model, args.output / "report.png")
-    print_table({name: (before[name], after[name]) for name in before})
-    print(f"\nThe checkpoint in a fresh process, encoding, and continuing {PROMPT!r}:", flush=True)
-    subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(model_folder), PROMPT], check=True)
+    draw_report(logs, models, args.output / "report.png")
+    print_table(columns)
+    same = plain.generate(PROMPT, **PARAGRAPH) == models["GEM, frozen"][0].generate(PROMPT, **PARAGRAPH)
+    print(f"\nThe frozen base writes {'the same' if same else 'ANOTHER'} paragraph as before training.")
+    for mode in ("full", "frozen"):
+        print(f"\nThe {mode} checkpoint in a fresh process, encoding, and continuing {PROMPT!r}:", flush=True)
+        folder = args.output / mode
+        subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(folder), PROMPT, json.dumps(PARAGRAPH)], check=True)
     results = {
-        "before": before,
-        "after": after,
+        "scores": columns,
         "settings": {key: str(value) for key, value in vars(args).items() if key != "output"},
         "versions": {
             "python": platform.python_version(),
             **{module.__name__: module.__version__ for module in (sentence_transformers, torch, transformers)},
         },
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {gem.model.device}",
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {plain.model.device}",
         "seconds": round(time.perf_counter() - start),
     }
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{results['seconds']} s. Written to {args.output}: model/, report.png, results.json")
+    print(f"\n{results['seconds']} s. Written to {args.output}: full/, frozen/, report.png, results.json")
 
 
 if __name__ == "__main__":

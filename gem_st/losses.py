@@ -74,12 +74,14 @@ class GemLoss(nn.Module):
 
     Args:
         model: SentenceTransformer model with a GemTransformer as its first module.
-        plain_ratio: Share of plain rows, in [0, 1] (p in the paper).
+        plain_ratio: Share of plain rows, in [0, 1] (p in the paper). Defaults to 0.8, and beside a frozen base,
+            which has nothing to learn from next-token prediction but what its GEM tokens hold, to 1.
         tasks: Ways to make prefix and suffix, drawn evenly: ``"reconstruction"`` (the text twice),
             ``"continuation"`` (cut at a random place; the row is then embedded by its first part).
         token_dropout: Share of tokens deleted for the second view of a text, in [0, 1).
         alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
-            Defaults to :class:`gem_st.AlphaSchedule`, 0 for 100 steps and then rising.
+            Defaults to :class:`gem_st.AlphaSchedule`, 0 for 100 steps and then rising; beside a frozen base to 1, or
+            0.7 where ``plain_ratio`` is below 1.
         scale: Initial factor on cosine similarities (1 / temperature), in [1, 100]. It is learned with the model;
             by default it starts at what the model holds, which is 20 for a new one.
 
@@ -129,7 +131,7 @@ class GemLoss(nn.Module):
         self,
         model: SentenceTransformer,
         *,
-        plain_ratio: float = 0.8,
+        plain_ratio: float | None = None,
         tasks: Sequence[str] = ("reconstruction", "continuation"),
         token_dropout: float = 0.7,
         alpha: float | Callable[[int, int], float] | None = None,
@@ -142,6 +144,10 @@ class GemLoss(nn.Module):
                 "GemLoss needs a SentenceTransformer whose first module is a GemTransformer, got "
                 f"{type(gem).__name__}. Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
             )
+        if plain_ratio is None:
+            plain_ratio = 1.0 if gem.freeze_base else 0.8
+        if alpha is None and gem.freeze_base:
+            alpha = 1.0 if plain_ratio == 1 else 0.7
         _check_range("plain_ratio", plain_ratio, 0.0, 1.0)
         _check_range("token_dropout", token_dropout, 0.0, 0.99)
         if scale is not None:

@@ -54,7 +54,9 @@ def test_the_matrix_of_the_readme_is_that_of_the_docstring():
     ]
 
 
-@pytest.mark.parametrize("name", ["encode", "train_self_supervised", "train_supervised", "see_the_mask"])
+@pytest.mark.parametrize(
+    "name", ["encode", "train_self_supervised", "train_supervised", "see_the_mask", "rag_one_model"]
+)
 def test_examples_are_short(name):
     assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 80
 
@@ -89,6 +91,8 @@ def test_training_examples_and_encode(tmp_path):
     )
     for model in ("self", "pairs"):
         assert "How do I keep bread fresh?" in run_python(examples / "encode.py", tmp_path / model, cwd=tmp_path)
+    output = run_python(examples / "rag_one_model.py", tmp_path / "self", "--passages", 80, cwd=tmp_path)
+    assert re.search(r"answering: [\d.]+ times as fast as reading the document again, same answers", output)
 
 
 @pytest.mark.slow
@@ -117,8 +121,12 @@ def test_a_base_from_a_folder_of_text_writes_text_for_itself(tmp_path):
 def test_the_demo_runs_to_its_end(tmp_path):
     output = run_python(ROOT / "examples/demo.py", "--steps", 4, "--batch-size", 8, "--output", "out", cwd=tmp_path)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(results["before"]) == set(results["after"])
-    assert len(results["before"]) == 3
+    base, full, frozen = results["scores"].values()
+    assert set(base) == set(full) == set(frozen)
+    assert len(base) == 3
+    perplexity = "perplexity of held-out text"
+    assert frozen[perplexity] == base[perplexity] != full[perplexity]
+    assert "writes the same paragraph" in output
     assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
     assert "(2, 256)" in output
     assert "The old man opened the door and" in output

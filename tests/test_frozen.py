@@ -214,3 +214,18 @@ def test_what_is_trained_stays_in_float32_beside_a_base_in_bfloat16(make_model, 
     GemLoss(model, alpha=1.0)
     assert "lost to rounding" not in warnings_of_transformers.text
     assert model.encode(TEXTS, convert_to_tensor=True).dtype == torch.bfloat16
+
+
+def test_defaults_of_the_loss_beside_a_frozen_base(make_model, tmp_path):
+    model = make_model(freeze_base=True)
+    assert (GemLoss(model).plain_ratio, GemLoss(model).alpha) == (1.0, 1.0)
+    assert GemLoss(model, plain_ratio=0.5).alpha == 0.7
+    assert GemLoss(make_model()).plain_ratio == 0.8
+
+
+def test_a_pool_of_processes(make_model):
+    model = make_model(num_gem_tokens=2, freeze_base=True)
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    result = model.encode(TEXTS, pool=pool, chunk_size=len(TEXTS))
+    model.stop_multi_process_pool(pool)
+    assert (result == model.encode(TEXTS)).all()

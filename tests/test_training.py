@@ -158,7 +158,8 @@ def test_one_loss_in_two_trainers_follows_the_one_that_runs(make_model, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate_like_one_model(make_base, tmp_path):
+@pytest.mark.parametrize("freeze_base", [False, True])
+def test_two_processes_train_and_evaluate_like_one_model(make_base, tmp_path, freeze_base):
     script = tmp_path / "train.py"
     script.write_text(
         f"""
@@ -169,7 +170,8 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from gem_st import AlphaSchedule, GemLoss, GemTransformer
 
 torch.manual_seed(0)
-model = SentenceTransformer(modules=[GemTransformer({str(make_base())!r}, num_gem_tokens=2)], device="cpu")
+gem = GemTransformer({str(make_base())!r}, num_gem_tokens=2, freeze_base={freeze_base})
+model = SentenceTransformer(modules=[gem], device="cpu")
 arguments = SentenceTransformerTrainingArguments(
     sys.argv[1], max_steps=4, per_device_train_batch_size=2, per_device_eval_batch_size=2, learning_rate=1e-3,
     report_to="none", save_strategy="no", use_cpu=True, ddp_backend="gloo", disable_tqdm=True,
@@ -178,7 +180,7 @@ arguments = SentenceTransformerTrainingArguments(
 data = Dataset.from_dict({{"text": {CORPUS!r}}})
 trainer = SentenceTransformerTrainer(
     model=model, args=arguments, train_dataset=data, eval_dataset=data,
-    loss=GemLoss(model, alpha=AlphaSchedule(1, 0.5, 0)),
+    loss=GemLoss(model, alpha=AlphaSchedule(1, 0.5, 0), plain_ratio=0.8),
 )
 trainer.train()
 losses = [trainer.evaluate()["eval_loss"] for _ in range(2)]
