@@ -1,6 +1,7 @@
 """What the frozen base and the shared cache cost and save, as ratios measured side by side in one run.
 
     python benchmarks/cache_speed.py --base examples/base-8m --rounds 5
+    python benchmarks/cache_speed.py --random-width 1024 --num-gem-tokens 1 --lengths 64
 
 Prints, for each comparison, the median over rounds of the ratio of two times taken one after the other.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -39,6 +41,17 @@ def make_texts(tokenizer: transformers.PreTrainedTokenizerBase, num: int, num_to
     return texts
 
 
+def make_random_base(base: str, width: int) -> str:
+    """A folder with a random Llama of 8 layers that has another base's tokenizer."""
+    folder = tempfile.mkdtemp()
+    config = transformers.AutoConfig.from_pretrained(base)
+    config.update({"hidden_size": width, "intermediate_size": width * 11 // 4, "num_attention_heads": width // 64})
+    config.num_key_value_heads = config.num_attention_heads // 2
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 def time_of(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
@@ -54,6 +67,7 @@ def ratio(rounds: int, first: Callable[[], object], second: Callable[[], object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=str(Path(__file__).resolve().parents[1] / "examples" / "base-8m"))
+    parser.add_argument("--random-width", type=int, help="a random Llama of this width and 8 layers instead")
     parser.add_argument("--num-gem-tokens", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--num", type=int, default=64, help="texts of each length")
@@ -61,6 +75,8 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
 
+    if args.random_width:
+        args.base = make_random_base(args.base, args.random_width)
     results: dict[str, float] = {}
     for k in args.num_gem_tokens:
         for mode in ("frozen", "full"):

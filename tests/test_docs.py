@@ -36,6 +36,15 @@ def test_the_snippet_of_the_readme_runs(make_base, tmp_path):
     assert (tmp_path / "gem-llama-1b" / "gem_st.py").exists()
 
 
+def test_the_snippets_of_the_frozen_base_run(make_base, tmp_path):
+    text = (ROOT / "docs" / "frozen_base.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    (tmp_path / "snippets.py").write_text("\n".join(blocks).replace("meta-llama/Llama-3.2-1B", str(make_base())))
+    run_python("snippets.py", cwd=tmp_path)
+    assert (tmp_path / "row.safetensors").exists()
+
+
 def test_the_commands_and_targets_of_the_readme_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = set(re.findall(r"(?:^|`|BASE=\S+ )make ([a-z-]+)", README, flags=re.MULTILINE))
