@@ -58,8 +58,8 @@ BUCKET_COST = {"cpu": 128}
 
 HUB_KWARGS = ("subfolder", "token", "cache_dir", "revision", "local_files_only")
 
-SHARED_PREFIX_LENGTH = 8
-"""Rows that share at least as many tokens at their start have them computed once."""
+SHARED_PREFIX_LENGTH, SHARED_PREFIX_SHARE = 8, 1 / 8
+"""Tokens that rows share at their start are computed once if they are as many, and as large a share of the batch."""
 
 Prompts = str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]]
 """A text, texts, the messages of a conversation, or conversations."""
@@ -1041,7 +1041,7 @@ class GemTransformer(InputModule):
         width = int(lengths.min())
         is_same = ((input_ids == input_ids[:1]) & (segments == PREFIX))[:, :width].all(dim=0)
         num_shared = int(is_same.cumprod(dim=0).sum())
-        if num_shared < SHARED_PREFIX_LENGTH:
+        if num_shared < max(SHARED_PREFIX_LENGTH, SHARED_PREFIX_SHARE * float(lengths.float().mean())):
             return None
         past = DynamicCache()
         return self._run(self.model, input_ids=input_ids[:1, :num_shared], past_key_values=past), past
