@@ -56,6 +56,7 @@ LOGITS_BUDGET = 2**26
 BUCKET_COST = {"cpu": 128}
 """Padding tokens worth one more pass through the backbone, by device type; 2,048 on accelerators."""
 
+ASSISTED_GENERATION = ("assistant_model", "prompt_lookup_num_tokens")
 HUB_KWARGS = ("subfolder", "token", "cache_dir", "revision", "local_files_only")
 
 SHARED_PREFIX_LENGTH, SHARED_PREFIX_SHARE = 8, 1 / 8
@@ -398,12 +399,13 @@ class _CachedRows:
         Raises:
             IndexError: If there is no such row.
         """
-        if isinstance(rows, int):
-            if not -len(self) <= rows < len(self):
-                raise IndexError(f"Row {rows} was asked for, but there are {len(self)}.")
-            rows = [rows]
-        index = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=getattr(self, self.fields[0]).device)
-        return self._of({name: tensor[index] for name, tensor in self._tensors().items()})
+        if isinstance(rows, slice):
+            return self._of({name: tensor[rows] for name, tensor in self._tensors().items()})
+        index = torch.as_tensor(rows).reshape(-1)
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
+        if len(index) and not -len(self) <= int(index.min()) <= int(index.max()) < len(self):
+            raise IndexError(f"Rows {index.tolist()} were asked for, but there are {len(self)}.")
+        return self._of({name: tensor[index.to(tensor.device)] for name, tensor in self._tensors().items()})
 
     def split(self) -> list[Self]:
         """One for each row."""
@@ -416,7 +418,7 @@ class _CachedRows:
         Raises:
             ValueError: If there is nothing to join, or the parts are not of one model.
         """
-        if len({tuple((k.shape[1], k.shape[-1], v.shape[-1]) for k, v in part.layers) for part in parts}) != 1:
+        if len({tuple((k.shape[1], k.shape[-1], v.shape[-1], k.dtype) for k, v in part.layers) for part in parts}) != 1:
             raise ValueError("Join needs one part or more, all made by the same model.")
         tensors = [part._tensors() for part in parts]
         return cls._of({name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
@@ -459,11 +461,13 @@ class GemCache(_CachedRows):
         layers: Keys and values of each layer. Shape: ``(B, heads, T, head width)`` each
         input_ids: Token ids, padded on the left. Shape: ``(B, T)``
         attention_mask: True for real tokens. Shape: ``(B, T)``
+        weights_tag: Tells the weights that made it. Shape: ``(B,)``
     """
 
-    fields = ("input_ids", "attention_mask")
+    fields = ("input_ids", "attention_mask", "weights_tag")
     input_ids: Tensor
     attention_mask: Tensor
+    weights_tag: Tensor
 
     @property
     def lengths(self) -> Tensor:
@@ -502,7 +506,7 @@ class GemCache(_CachedRows):
     def _pad(self, num_tokens: int) -> GemCache:
         layers = [(F.pad(k, (0, 0, num_tokens, 0)), F.pad(v, (0, 0, num_tokens, 0))) for k, v in self.layers]
         ids, mask = (F.pad(tensor, (num_tokens, 0)) for tensor in (self.input_ids, self.attention_mask))
-        return GemCache(layers, input_ids=ids, attention_mask=mask)
+        return GemCache(layers, input_ids=ids, attention_mask=mask, weights_tag=self.weights_tag)
 
     def _keep(self, keep: Tensor) -> GemCache:
         """The tokens for which ``keep`` is True, in order, padded on the left. Shape: ``(B, T)``"""
@@ -512,6 +516,7 @@ class GemCache(_CachedRows):
             [tuple(take_tokens(tensor, order) for tensor in layer) for layer in self.layers],  # type: ignore[misc]
             input_ids=self.input_ids.gather(1, order),
             attention_mask=keep.gather(1, order),
+            weights_tag=self.weights_tag,
         )
 
 
@@ -524,11 +529,13 @@ class GemMemory(_CachedRows):
         layers: Keys and values of each layer. Shape: ``(B, heads, K, head width)`` each
         lengths: Tokens in each text, which is the position of its GEM tokens. Shape: ``(B,)``
         last_hidden_state: Of the last GEM token, which predicts the first token. Shape: ``(B, D)``
+        weights_tag: Tells the weights that made it. Shape: ``(B,)``
     """
 
-    fields = ("lengths", "last_hidden_state")
+    fields = ("lengths", "last_hidden_state", "weights_tag")
     lengths: Tensor
     last_hidden_state: Tensor
+    weights_tag: Tensor
 
 
 class GeneratedText(NamedTuple):
@@ -600,6 +607,7 @@ class GemTransformer(InputModule):
     tokenizer: PreTrainedTokenizerBase
     adapter_model: Any
     gem_embeddings: nn.Parameter
+    base_model_revision: str | None
 
     def __init__(
         self,
@@ -633,15 +641,20 @@ class GemTransformer(InputModule):
         self.model = _load_causal_lm(
             base, {**(model_kwargs or {}), **base_kwargs}, {**(config_kwargs or {}), **base_kwargs}
         )
-        if not saved:
+        if self.base_model_revision is None:
             self.base_model_revision = getattr(self.model.config, "_commit_hash", None)
-        self._base_folder = Path(str(cached_file(base, "config.json", **{**hub_kwargs, **base_kwargs}))).parent
+        self._base_folder = (
+            Path(str(cached_file(base, "config.json", **{**hub_kwargs, **base_kwargs}))).resolve().parent
+        )
+        self._fingerprint = fingerprint_base(self._base_folder, self.tokenizer)
         self._check_vocabulary(base, saved)
         self.max_seq_length = saved.get("max_seq_length") if max_seq_length is None else max_seq_length
         self.logit_scale = nn.Parameter(torch.tensor([saved.get("logit_scale", math.log(20.0))]))
 
+        self._can_cache = self._probe_cache()
         self._claim_gem_tokens(saved)
         if freeze_base:
+            self._require_cache()
             self._freeze()
         else:
             self._protect_generation()
@@ -649,10 +662,13 @@ class GemTransformer(InputModule):
             self._load_adapter(model_name_or_path, hub_kwargs)
         elif freeze_base:
             options = {"r": lora_rank, "lora_alpha": 2 * lora_rank, "target_modules": "all-linear"}
-            self._add_lora(_import_peft().LoraConfig(**{**options, **(lora_kwargs or {})}))
+            if "layers_to_transform" in (lora_kwargs or {}):  # which PEFT does not take with "all-linear"
+                options["target_modules"] = self._linear_names()
+            self._add_lora(_import_peft().LoraConfig(**_check_lora_kwargs({**options, **(lora_kwargs or {})})))
         self._check_is_causal(base)
         if num_gem_tokens > 1 or freeze_base:
             self.require_attention_mask()
+        self._base_versions = self._count_changes()
         # `SentenceTransformer.add_adapter` ends up here.
         own_ids = None if freeze_base else self.gem_token_ids
         self.model.add_adapter = partial(_add_adapter_with_gem_rows, self.model, own_ids)
@@ -699,8 +715,11 @@ class GemTransformer(InputModule):
         self, model_name_or_path: str, saved: dict[str, Any], hub_kwargs: dict[str, Any]
     ) -> tuple[str, dict[str, Any]]:
         """Where the base's weights are, and with which arguments they are loaded from there."""
-        if not saved:
-            self.base_model_name_or_path, self.base_model_revision = str(model_name_or_path), None
+        if not saved or (self.save_base and not self.freeze_base):
+            is_folder = Path(model_name_or_path).is_dir()
+            name = Path(model_name_or_path).resolve() if is_folder else model_name_or_path
+            self.base_model_name_or_path = str(name)
+            self.base_model_revision = None
             return model_name_or_path, {}
         self.base_model_name_or_path = saved.get("base_model_name_or_path", "")
         self.base_model_revision = saved.get("base_model_revision")
@@ -755,6 +774,12 @@ class GemTransformer(InputModule):
         rows = draw_gem_rows(self.model.get_input_embeddings()(used), self.num_gem_tokens)
         self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
 
+    def _linear_names(self) -> list[str]:
+        """Names of the linear layers, without the output head."""
+        head = self.model.get_output_embeddings()
+        modules = self.model.named_modules()
+        return sorted({name.rpartition(".")[2] for name, m in modules if isinstance(m, nn.Linear) and m is not head})
+
     def _add_lora(self, config: Any) -> Any:
         """Add an adapter to the model that computes GEM tokens; its weights are float32 whatever the base's are."""
         model = self.adapter_model if self.freeze_base else self.model
@@ -769,6 +794,8 @@ class GemTransformer(InputModule):
         super().train(mode)
         if self.freeze_base:
             self.model.eval()
+            if mode and self.adapter_model.is_gradient_checkpointing:
+                self.adapter_model.gradient_checkpointing_disable()  # it drops the cache; K tokens need none
         return self
 
     def _protect_generation(self) -> None:
@@ -785,7 +812,7 @@ class GemTransformer(InputModule):
         with _Evaluating(self.model):
             states = [self._last_hidden_state(self._probe(0, 1, last)) for last in (2, 3)]
         self._width = states[0].shape[-1]
-        if not torch.equal(states[0][:, :2], states[1][:, :2]):
+        if not _is_same(states[0][:, :2], states[1][:, :2]):
             raise ValueError(
                 f"{model_name_or_path} ({self.model.config.model_type}) is not causal: a token sees the tokens after "
                 "it, as in encoder-only models. GEM needs a decoder-only language model, e.g. Llama, Qwen or GPT-Neo."
@@ -829,11 +856,38 @@ class GemTransformer(InputModule):
         real = torch.ones_like(segments)
         with _Evaluating(self.model):
             masked = [self._last_hidden_state(self._probe(0, i, 3), segments, real)[0, -1] for i in (1, 2)]
-            if not torch.equal(*masked) or self.num_gem_tokens == 1:
-                return torch.equal(*masked)
+            if not _is_same(*masked) or (self.num_gem_tokens == 1 and not self.freeze_base):
+                return _is_same(*masked)
             positions = (self._probe(0, 1, 2), self._probe(0, 1, 5))
             moved = [self._run(self.model, input_ids=self._probe(0, 1, 3), position_ids=p) for p in positions]
-        return not torch.equal(*moved)
+        return not _is_same(*moved)
+
+    @torch.no_grad()
+    def _probe_cache(self) -> bool:
+        """True if the model reads a row in two parts, with padding before the first, as it reads it in one."""
+        if self.model.config._attn_implementation not in MASKED_ATTENTION:
+            return True  # FlashAttention, which cannot be run yet
+        past, ids = DynamicCache(), self._probe(0, 0, 1, 2, 3)
+        real = torch.ones_like(ids)
+        real[:, 0] = 0
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+        with _Evaluating(self.model):
+            whole = self._last_hidden_state(ids[:, 1:])
+            try:
+                for part in (slice(0, 3), slice(3, 5)):
+                    inputs = {"input_ids": ids[:, part], "position_ids": positions[:, part]}
+                    last = self._run(self.model, attention_mask=real[:, : part.stop], past_key_values=past, **inputs)
+            except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+                return False
+        return len(past.layers) > 0 and _is_same(last, whole[:, -2:])
+
+    def _require_cache(self) -> None:
+        if not self._can_cache:
+            raise ValueError(
+                f"{self.model.config.model_type} does not continue from a cache of keys and values: state-space and "
+                "recurrent models keep another state. It can embed and generate in full mode, but prefill, summarize, "
+                "extend, compress and freeze_base=True need attention throughout."
+            )
 
     @torch.no_grad()
     def check_output_head(self) -> None:
@@ -1016,6 +1070,8 @@ class GemTransformer(InputModule):
             distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         )
         buckets = length_buckets(lengths, cost) if is_single else []
+        is_far = lengths > self._rope_limit
+        buckets = [part for rows in buckets for part in (rows[is_far[rows]], rows[~is_far[rows]]) if len(part)]
         if len(buckets) <= 1:
             return run(input_ids, segments, attention_mask, shared)
         states: Tensor | None = None
@@ -1028,6 +1084,16 @@ class GemTransformer(InputModule):
         assert states is not None  # there are two buckets or more
         return states
 
+    @property
+    def _rope_limit(self) -> float:
+        """Length from which "longrope" turns all positions of a batch otherwise; infinite for other models."""
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") != "longrope":
+            return math.inf
+        name = "original_max_position_embeddings"
+        return float(rope.get(name) or getattr(config, name, None) or math.inf)
+
     def _run_shared_prefix(
         self, input_ids: Tensor, segments: Tensor, lengths: Tensor
     ) -> tuple[Tensor, DynamicCache] | None:
@@ -1035,8 +1101,10 @@ class GemTransformer(InputModule):
 
         Shapes: ``(B, T)``, ``(B, T)``, ``(B,)`` -> ``(1, P, D)`` and the keys and values of P tokens; or None
         """
-        is_possible = not torch.is_grad_enabled() and self.model.config._attn_implementation in ("eager", "sdpa")
-        if not is_possible or len(input_ids) < 2:
+        is_possible = self._can_cache and self.model.config._attn_implementation in ("eager", "sdpa")
+        if not is_possible or torch.is_grad_enabled() or self.training or len(input_ids) < 2:
+            return None
+        if int(lengths.max()) > self._rope_limit:
             return None
         width = int(lengths.min())
         is_same = ((input_ids == input_ids[:1]) & (segments == PREFIX))[:, :width].all(dim=0)
@@ -1198,7 +1266,14 @@ class GemTransformer(InputModule):
     def _run(self, model: Any, **inputs: Any) -> Tensor:
         """Run a model without its language-model head; a cache among the inputs is written to. Shape: ``(B, T, D)``"""
         backbone = model.get_decoder() if model.base_model is model else model.base_model
-        return backbone(use_cache="past_key_values" in inputs, **inputs).last_hidden_state
+        past = inputs.get("past_key_values")
+        if past is None:
+            return backbone(use_cache=False, **inputs).last_hidden_state
+        num_past = past.get_seq_length()
+        states = backbone(use_cache=True, **inputs).last_hidden_state
+        if past.get_seq_length() != num_past + states.shape[1]:
+            raise RuntimeError(f"{type(backbone).__name__} did not write what it read to the cache it was given.")
+        return states
 
     # ---- one cache for embedding and generation
 
@@ -1245,10 +1320,14 @@ class GemTransformer(InputModule):
         return self._append(cache, self._tokenize(texts, add_special_tokens=False))
 
     def _append(self, cache: GemCache | None, rows: list[list[int]]) -> GemCache:
+        self._require_cache()
+        if not rows:
+            raise ValueError("There is nothing to read: an empty list was given.")
         new = self.pad([torch.tensor(row, dtype=torch.long) for row in rows], padding_side="right")
         ids, real = (new[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         with _Evaluating(self.model):
             if cache is None:
+                self._check_context(real)
                 past = self._run_prefix(ids)[1]
             else:
                 self._check_cache(cache)
@@ -1259,7 +1338,26 @@ class GemTransformer(InputModule):
                     positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -num_new:]
                     inputs = {"input_ids": ids[:, -num_new:], "attention_mask": real.long(), "position_ids": positions}
                     self._run(self.model, **inputs, past_key_values=past)
-        return GemCache(tensors_of(past), input_ids=ids, attention_mask=real.bool())._keep(real.bool())
+        return self._make_cache(past, ids, real)
+
+    def _make_cache(self, past: DynamicCache, input_ids: Tensor, real: Tensor) -> GemCache:
+        tags = torch.full((len(real),), self._weights_tag(), device=real.device)
+        mask = real.bool()
+        return GemCache(tensors_of(past), input_ids=input_ids, attention_mask=mask, weights_tag=tags)._keep(mask)
+
+    def _count_changes(self) -> int:
+        """A number that grows whenever the language model's weights are changed in place."""
+        return sum(weight._version for weight in self.model.parameters())
+
+    def _weights_tag(self) -> int:
+        """A number that tells the language model's weights from others, of a sample of their values."""
+        key = (self._count_changes(), self.model.dtype, self.model.device)
+        if getattr(self, "_tag", (None, 0))[0] != key:
+            weights = [weight.detach().flatten() for weight in self.model.parameters()]
+            sample = torch.cat([weight[:: max(1, len(weight) // 16)][:16].float() for weight in weights]).cpu()
+            digest = hashlib.sha256(sample.numpy().tobytes()).digest()
+            self._tag = (key, int.from_bytes(digest[:7], "big"))
+        return self._tag[1]
 
     @torch.no_grad()
     def summarize(self, cache: GemCache) -> Tensor:
@@ -1303,13 +1401,23 @@ class GemTransformer(InputModule):
             )
         if keys.device != self.model.device:
             raise ValueError(f"The cache is on {keys.device}, the model on {self.model.device}. Use cache.to(device).")
+        self._check_tags(cache.weights_tag)
+
+    def _check_tags(self, tags: Tensor) -> None:
+        if bool((tags != self._weights_tag()).any()):
+            raise ValueError(
+                "The cache was made by other weights than the model's: by another model, or before training. Read the "
+                "texts again."
+            )
 
     def _check_context(self, real: Tensor) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        limit = min(limit, self._rope_limit)
         longest = int(real.sum(dim=1).max()) if len(real) else 0
         if longest > limit:
             raise ValueError(
-                f"{longest} tokens exceed the model's context of {limit}. Use cache.crop(...) to shorten it."
+                f"{longest} tokens exceed the model's context of {limit} (with longrope: the original one, as keys are "
+                "turned otherwise beyond it). Shorten the texts, or the cache with cache.crop(...)."
             )
 
     @torch.no_grad()
@@ -1324,8 +1432,9 @@ class GemTransformer(InputModule):
         """
         cache = texts if isinstance(texts, GemCache) else self.prefill(texts)
         states, past = self._summarize(cache)
-        layers = [tuple(tensor[:, :, -self.num_gem_tokens :] for tensor in layer) for layer in tensors_of(past)]
-        return GemMemory(layers, lengths=cache.lengths, last_hidden_state=states[:, -1])  # type: ignore[arg-type]
+        last = slice(-self.num_gem_tokens, None)
+        layers = [(keys[:, :, last], values[:, :, last]) for keys, values in tensors_of(past)]
+        return GemMemory(layers, lengths=cache.lengths, last_hidden_state=states[:, -1], weights_tag=cache.weights_tag)
 
     @torch.no_grad()
     def reconstruct(self, memory: GemMemory, **generate_kwargs: Any) -> list[str]:
@@ -1346,6 +1455,7 @@ class GemTransformer(InputModule):
         """
         if not isinstance(memory, GemMemory):
             raise ValueError(f"A GemMemory is needed, got {type(memory).__name__}. `compress` makes one.")
+        self._check_tags(memory.weights_tag)
         num_new = (memory.lengths - self.num_special_tokens).clamp(min=0).tolist()
         longest = max(num_new, default=0)
         if longest < 1:
@@ -1367,9 +1477,9 @@ class GemTransformer(InputModule):
                 **{"do_sample": False, "max_new_tokens": longest - 1, **generate_kwargs},
             ).sequences
         new = sequences[:, self.num_gem_tokens :]
-        is_over = torch.isin(new, self._eos_token_ids(generate_kwargs)).cumsum(dim=1) > 0
+        written = self._is_written(new, generate_kwargs)
         decode: Any = partial(self.tokenizer.decode, skip_special_tokens=True)
-        return [decode(row[~over][:limit]) for row, over, limit in zip(new, is_over, num_new, strict=True)]
+        return [decode(row[mask][:limit]) for row, mask, limit in zip(new, written, num_new, strict=True)]
 
     @property
     def num_special_tokens(self) -> int:
@@ -1408,12 +1518,17 @@ class GemTransformer(InputModule):
         """
         if (prompts is None) == (cache is None):
             raise ValueError("generate needs either prompts or a cache.")
-        if return_cache and generate_kwargs.get("num_beams", 1) > 1:
-            raise ValueError("return_cache=True needs num_beams=1.")
-        is_single, past = False, DynamicCache()
+        is_single, state = False, {}
+        if return_cache:
+            self._require_cache()
+            state = {"past_key_values": DynamicCache()}
+            if self._option("num_beams", generate_kwargs, 1) > 1:
+                raise ValueError("return_cache=True needs num_beams=1.")
         if cache is None:
             assert prompts is not None
             rows, is_single = self._tokenize_prompts(prompts)
+            if not rows and return_cache:
+                raise ValueError("There is nothing to read: an empty list was given.")
             if not rows:
                 return []
             empty = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
@@ -1428,8 +1543,14 @@ class GemTransformer(InputModule):
             ids, real = cache.input_ids, cache.attention_mask.long()
             # The last token is read again, for its logits.
             past = cache_of((tensor[:, :, :-1] for tensor in layer) for layer in cache.layers)
-        output = self._generate(ids, real, past_key_values=past, **generate_kwargs)
-        texts: list[str] = [self._decode_new(sequence, ids.shape[1]) for sequence in output.sequences]
+            names = ("num_beams", "num_return_sequences")
+            past.batch_repeat_interleave(max(self._option(name, generate_kwargs, 1) for name in names))
+            state = {"past_key_values": past}
+        output = self._generate(ids, real, **state, **generate_kwargs)
+        written = self._is_written(output.sequences[:, ids.shape[1] :], generate_kwargs)
+        keep = F.pad(written, (ids.shape[1], 0), value=True)
+        rows_and_masks = zip(output.sequences, keep, strict=True)
+        texts: list[str] = [self._decode_new(sequence[mask], ids.shape[1]) for sequence, mask in rows_and_masks]
         text = texts[0] if is_single and len(texts) == 1 else texts
         return GeneratedText(text, self._cache_of_output(output, real, generate_kwargs)) if return_cache else text
 
@@ -1439,6 +1560,13 @@ class GemTransformer(InputModule):
             suppressed |= {*self.gem_token_ids}
         if suppressed:
             generate_kwargs["suppress_tokens"] = sorted(suppressed)
+        if (past := generate_kwargs.get("past_key_values")) is not None:
+            if generate_kwargs.get("use_cache", True) is False:
+                raise ValueError("use_cache=False was given, but a cache is to be read or returned.")
+            is_assisted = any(self._option(name, generate_kwargs) for name in ASSISTED_GENERATION)
+            if is_assisted and past.get_seq_length():
+                raise ValueError(f"Assisted generation ({', '.join(ASSISTED_GENERATION)}) cannot start from a cache.")
+            generate_kwargs["use_cache"] = True
         generate_kwargs = {"pad_token_id": self.pad_token_id, **generate_kwargs, "return_dict_in_generate": True}
         with _Evaluating(self.model):
             return self.model.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
@@ -1447,24 +1575,29 @@ class GemTransformer(InputModule):
         """What transformers' ``generate`` has read and written, the last token included, as a :class:`GemCache`."""
         sequences = output.sequences
         num_prompt = prompt_mask.shape[1]
-        new = sequences[:, num_prompt:]
-        is_over = torch.isin(new, self._eos_token_ids(generate_kwargs)).cumsum(dim=1) > 0
-        is_padding = (new != self.pad_token_id).flip(1).cumsum(dim=1).flip(1) == 0
+        written = self._is_written(sequences[:, num_prompt:], generate_kwargs)
         prompt_mask = prompt_mask.bool().repeat_interleave(len(sequences) // len(prompt_mask), dim=0)
-        real = torch.cat([prompt_mask, ~is_over & ~is_padding], dim=1)
+        real = torch.cat([prompt_mask, written], dim=1)
         num_read = output.past_key_values.get_seq_length()
-        cache = GemCache(
-            tensors_of(output.past_key_values),
-            input_ids=sequences[:, :num_read],
-            attention_mask=real[:, :num_read],
-        )
+        cache = self._make_cache(output.past_key_values, sequences[:, :num_read], real[:, :num_read])
         rest = [ids[keep].tolist() for ids, keep in zip(sequences[:, num_read:], real[:, num_read:], strict=True)]
         with torch.no_grad():
-            return self._append(cache._keep(cache.attention_mask), rest)
+            return self._append(cache, rest)
 
-    def _eos_token_ids(self, generate_kwargs: dict[str, Any]) -> Tensor:
-        eos = generate_kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
-        return torch.as_tensor([] if eos is None else eos, device=self.model.device).reshape(-1)
+    def _is_written(self, new_ids: Tensor, generate_kwargs: dict[str, Any]) -> Tensor:
+        """True for tokens before the end token and the padding behind it. Shapes: ``(B, T)`` -> ``(B, T)``"""
+        eos = self._option("eos_token_id", generate_kwargs)
+        eos_ids = torch.as_tensor([] if eos is None else eos, device=new_ids.device).reshape(-1)
+        is_over = torch.isin(new_ids, eos_ids).cumsum(dim=1) > 0
+        is_text = new_ids != generate_kwargs.get("pad_token_id", self.pad_token_id)
+        is_padding = is_text.flip(1).cumsum(dim=1).flip(1) == 0
+        return ~is_over & ~is_padding
+
+    def _option(self, name: str, generate_kwargs: dict[str, Any], default: Any = None) -> Any:
+        """An option of `generate`: as given, else of the given `generation_config`, else of the model's."""
+        config = generate_kwargs.get("generation_config") or self.model.generation_config
+        value = generate_kwargs.get(name, getattr(config, name, None))
+        return default if value is None else value
 
     def _tokenize_prompts(
         self, prompts: Prompts, prefix: str = "", max_length: int | None = None
@@ -1512,17 +1645,20 @@ class GemTransformer(InputModule):
         if not safe_serialization:
             raise ValueError("GEM checkpoints hold safetensors only; save with safe_serialization=True.")
         folder = Path(output_path)
-        if self.freeze_base or self._has_lora:
+        is_adapter = self.freeze_base or self._has_lora
+        if is_adapter:
             self._check_base_unchanged()
-            self._save_adapter(folder / self.adapter_folder)
+        self._remove_leftovers(folder)
         if self.freeze_base and self.save_base:
             self._copy_base(folder, **kwargs)
-        elif not self.freeze_base and not self._has_lora:
+        elif not is_adapter:
             self.model.save_pretrained(folder, **kwargs)
         if self.save_base and not self._has_lora:
             if backend := getattr(self.tokenizer, "backend_tokenizer", None):
                 backend.no_truncation()
             self.save_tokenizer(output_path)
+        if is_adapter:
+            self._save_adapter(folder / self.adapter_folder)
         self.save_config(output_path)
         remote_code = folder / self.remote_code_file_name
         if not remote_code.exists() or not remote_code.samefile(__file__):
@@ -1533,6 +1669,15 @@ class GemTransformer(InputModule):
         """True if a PEFT adapter works on every token, as `SentenceTransformer.add_adapter` makes it."""
         return bool(getattr(self.model, "_hf_peft_config_loaded", False))
 
+    def _remove_leftovers(self, folder: Path) -> None:
+        """Remove what another form of checkpoint left in the folder, unless this one's base lies there."""
+        if not folder.is_dir() or (self._base_folder.is_dir() and folder.samefile(self._base_folder)):
+            return
+        names = ("config.json", "generation_config.json", "model.safetensors.index.json")
+        for file in [*folder.glob("model*.safetensors"), *(folder / name for name in names)]:
+            file.unlink(missing_ok=True)
+        shutil.rmtree(folder / self.adapter_folder, ignore_errors=True)
+
     def _save_adapter(self, folder: Path) -> None:
         """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""
         peft = _import_peft()
@@ -1540,6 +1685,8 @@ class GemTransformer(InputModule):
         if len(model.active_adapters()) != 1:
             raise ValueError(f"One active adapter can be saved, but these are: {model.active_adapters()}.")
         name = model.active_adapters()[0]
+        if any(getattr(module, "disable_adapters", None) is True for module in model.modules()):
+            raise ValueError("The adapter is disabled, so that a reload would differ. Call enable_adapters() first.")
         folder.mkdir(parents=True, exist_ok=True)
         lora = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         lora = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in lora.items()}
@@ -1555,8 +1702,10 @@ class GemTransformer(InputModule):
         )
         named = {f"gem_rows.{index}": row.detach().contiguous() for index, row in enumerate(rows)}
         save_file(named, folder / "gem_rows.safetensors", metadata={"format": "pt"})
-        fingerprint = json.dumps(fingerprint_base(self._base_folder, self.tokenizer), indent=2) + "\n"
-        (folder / "base_fingerprint.json").write_text(fingerprint, encoding="utf-8")
+        is_whole = self.freeze_base and self.save_base
+        fingerprint = fingerprint_base(folder.parent, self.tokenizer) if is_whole else self._fingerprint
+        text = json.dumps(fingerprint, indent=2) + "\n"
+        (folder / "base_fingerprint.json").write_text(text, encoding="utf-8")
         if not self.save_base and Path(str(self.base_model_name_or_path)).is_dir():
             logger.warning(
                 f"The checkpoint names its base by a folder of this machine, {self.base_model_name_or_path}. Set "
@@ -1573,8 +1722,7 @@ class GemTransformer(InputModule):
         names = ("adapter_config.json", "adapter_model.safetensors", "gem_rows.safetensors", "base_fingerprint.json")
         paths = [cached_file(model_name_or_path, name, **{**hub_kwargs, "subfolder": subfolder}) for name in names]
         saved = json.loads(Path(str(paths[-1])).read_text(encoding="utf-8"))
-        found = fingerprint_base(self._base_folder, self.tokenizer)
-        if different := [key for key, value in saved.items() if value != found[key]]:
+        if different := [key for key, value in saved.items() if value != self._fingerprint[key]]:
             raise ValueError(
                 f"{model_name_or_path} was trained on another base than {self._base_folder}: {' and '.join(different)} "
                 f"differ. It needs {self.base_model_name_or_path or 'the base it was saved with'}, unchanged."
@@ -1598,27 +1746,36 @@ class GemTransformer(InputModule):
         _import_peft().set_peft_model_state_dict(model, state)
 
     def _check_base_unchanged(self) -> None:
-        """Make sure that the weights beside the adapter are still those of the files it will be loaded with.
+        """Make sure that base and adapter will find each other: on the disk and in memory, weights are as loaded.
+
+        All weights are compared if any was written to since loading, otherwise a sample.
 
         Raises:
             ValueError: If they are not.
         """
-        vocabulary = [id(matrix) for matrix in self._vocabulary_matrices()]  # may hold GEM rows of our own
+        if not self._base_folder.is_dir():
+            return
+        if fingerprint_base(self._base_folder, self.tokenizer) != self._fingerprint:
+            raise ValueError(f"The base in {self._base_folder} was changed since it was loaded. Put it back to save.")
+        # In full mode the vocabulary may hold GEM rows of our own.
+        skipped = [] if self.freeze_base else [id(matrix) for matrix in self._vocabulary_matrices()]
         weights = {name.replace(".base_layer.", "."): weight for name, weight in self.model.named_parameters()}
-        for name, sample, rows in sample_weights(self._base_folder):
+        is_touched = self._count_changes() != self._base_versions
+        for name, stored, rows in read_weights(self._base_folder, sample=not is_touched):
             weight = weights.get(name)
-            if weight is None or id(weight) in vocabulary or not weight.is_floating_point():
+            if weight is None or id(weight) in skipped or not weight.is_floating_point():
                 continue  # quantised, or named otherwise in memory
-            if weight[rows].shape == sample.shape and not torch.equal(weight[rows].cpu(), sample.to(weight.dtype)):
+            if weight[rows].shape == stored.shape and not torch.equal(weight[rows].cpu(), stored.to(weight.dtype)):
                 raise ValueError(
                     f"The base's weight {name} was changed after loading, so that an adapter saved for "
                     f"{self._base_folder} would not fit it. Use freeze_base=False, or do not unfreeze the base."
                 )
 
     def _copy_base(self, folder: Path, **kwargs: Any) -> None:
-        """Copy the base's files byte for byte; written anew only where they are not safetensors."""
+        """Copy the base's files byte for byte; written anew only where they are not safetensors, or gone."""
         weights = weight_files(self._base_folder)
         if not weights:
+            logger.warning(f"{self._base_folder} holds no safetensors (any more): the base's weights are written anew.")
             self.model.save_pretrained(folder, **kwargs)
             return
         others = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -1647,6 +1804,9 @@ class GemTransformer(InputModule):
                 f"Merging into weights of {', '.join(sorted(map(str, dtypes)))} would round them, and change the "
                 'embeddings. Save the adapter, load it with model_kwargs={"dtype": "float32"}, merge, cast afterwards.'
             )
+        has_lora_on_head = any(hasattr(module, "lora_A") for module in self.model.get_output_embeddings().modules())
+        if has_lora_on_head and self.model.config.get_text_config().tie_word_embeddings:
+            raise ValueError("The LoRA is on an output head that is tied to the embedding: merging would change both.")
         modules: list[tuple[str, Any]] = list(self.model.named_modules())
         for name, module in modules:
             if hasattr(module, "unload_and_optionally_merge_module"):  # the embedding, with its trained rows
@@ -1733,30 +1893,47 @@ def _add_adapter_with_gem_rows(model: Any, gem_token_ids: list[int] | None, adap
     """
     if gem_token_ids is None:
         raise ValueError("A frozen base takes no further adapter. Use GemTransformer(..., freeze_base=False).")
-    if getattr(adapter_config, "trainable_token_indices", ()) is None:
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    others = [getattr(adapter_config, key, None) or () for key in ("target_modules", "modules_to_save")]
+    is_trained = any(embedding.rpartition(".")[2] in names for names in others if not isinstance(names, str))
+    indices = getattr(adapter_config, "trainable_token_indices", ())
+    if indices is None and not is_trained:
         adapter_config.trainable_token_indices = gem_token_ids
+    elif isinstance(indices, list):
+        adapter_config.trainable_token_indices = sorted({*indices, *gem_token_ids})
     type(model).add_adapter(model, adapter_config, *args)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's weights; empty if it has none."""
+    """The safetensors files that transformers reads a model's weights from; empty if there are none."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    return [file for file in [folder / "model.safetensors"] if file.exists()]
+    if not index.exists():
+        return []
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
 
 
-def sample_weights(folder: Path) -> Iterator[tuple[str, Tensor, list[int]]]:
-    """Name, rows and row numbers of each weight in a model's files: its first, middle and last row."""
+def read_weights(folder: Path, *, sample: bool) -> Iterator[tuple[str, Tensor, Any]]:
+    """Name, rows and row numbers of each weight in a model's files; of a sample the first, middle and last row."""
+
+    def choose(num_rows: int) -> list[int]:
+        return sorted({0, num_rows // 2, num_rows - 1} if sample else range(num_rows))
+
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a dict
                 weight = file.get_slice(name)
-                num_rows = (weight.get_shape() or [0])[0]
-                rows = sorted({0, num_rows // 2, num_rows - 1}) if num_rows else []
-                if rows:
+                rows = choose((weight.get_shape() or [0])[0])
+                if sample and rows[-1] >= 0:
                     yield name, torch.cat([weight[row : row + 1] for row in rows]), rows
+                elif not sample:
+                    yield name, file.get_tensor(name), slice(None)
+    for path in [] if weight_files(folder) else sorted(folder.glob("pytorch_model*.bin")):
+        for name, weight in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
+            rows = choose(len(weight)) if weight.ndim else []
+            yield name, weight[rows], rows
 
 
 def fingerprint_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
@@ -1770,7 +1947,7 @@ def fingerprint_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
     tokens = [sorted(tokenizer.get_vocab().items()), tokenizer(text)["input_ids"]]
     weights = sorted(
         (name, str(sample.dtype), hashlib.sha256(sample.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
-        for name, sample, _ in sample_weights(folder)
+        for name, sample, _ in read_weights(folder, sample=True)
     )
     parts = {"config": _without(config, *volatile), "tokenizer": tokens, "weights": weights}
     return {
@@ -1807,6 +1984,26 @@ def _expand(shared: tuple[Tensor, DynamicCache], num_rows: int) -> tuple[Tensor,
     states, past = shared
     layers = [[tensor.expand(num_rows, -1, -1, -1) for tensor in layer] for layer in tensors_of(past)]
     return states.expand(num_rows, -1, -1), cache_of(layers)
+
+
+def _check_lora_kwargs(options: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what would change or train the base's own weights beside a LoRA."""
+    if options.get("bias", "none") != "none":
+        raise ValueError(f"bias={options['bias']!r} trains biases of the frozen base. Use bias='none'.")
+    initial = options.get("init_lora_weights", True)
+    if initial not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(
+            f"init_lora_weights={initial!r} changes the weights of the frozen base. Use True, 'gaussian' or "
+            "'orthogonal'."
+        )
+    return options
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Equal but for rounding, which some kernels do by what else is in the batch."""
+    tolerance = 1e-4 if first.dtype == torch.float32 else 2e-2
+    first, second = first.float(), second.float()
+    return bool((first - second).abs().max() <= tolerance * first.abs().max())
 
 
 class _Evaluating:

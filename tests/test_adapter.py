@@ -172,6 +172,82 @@ def test_a_base_changed_in_memory_is_not_saved_as_unchanged(frozen, tmp_path):
         frozen.save_pretrained(str(tmp_path / "whole"))
 
 
+def test_any_change_in_memory_is_seen(frozen, tmp_path):
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"):
+        weight = frozen[0].model.get_parameter(name)
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight[7] += 1  # a row that no sample holds
+        with pytest.raises(ValueError, match=f"base's weight {name} was changed"):
+            frozen.save_pretrained(str(tmp_path / "whole"))
+        with torch.no_grad():
+            weight.copy_(kept)
+    frozen.save_pretrained(str(tmp_path / "whole"))
+    frozen[0].adapter_model.disable_adapters()
+    with pytest.raises(ValueError, match="adapter is disabled"):
+        frozen.save_pretrained(str(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("change", [change_config, change_weights])
+def test_a_base_changed_on_the_disk_since_is_not_saved_as_unchanged(base, frozen, tmp_path, change):
+    change(base)
+    with pytest.raises(ValueError, match="was changed since it was loaded"):
+        frozen.save_pretrained(str(tmp_path / "whole"))
+
+
+def test_a_base_that_is_gone_is_written_anew(base, frozen, tmp_path, warnings_of_transformers):
+    shutil.rmtree(base)
+    frozen.save_pretrained(str(tmp_path / "whole"))
+    assert "written anew" in warnings_of_transformers.text
+    again = load(tmp_path / "whole", model_kwargs={"dtype": "float32"})
+    assert np.array_equal(again.encode(TEXTS), frozen.encode(TEXTS))
+
+
+def test_a_base_without_safetensors(make_base, tmp_path):
+    folder = tmp_path / "bin"
+    model = AutoModelForCausalLM.from_pretrained(make_base())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(make_base()).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    whole, adapter = tmp_path / "whole", tmp_path / "adapter"
+    frozen = SentenceTransformer(modules=[GemTransformer(str(folder), freeze_base=True)], device="cpu")
+    frozen.save_pretrained(str(whole))
+    frozen[0].save_base = False
+    frozen.save_pretrained(str(adapter))
+    for saved in (whole, adapter):
+        assert np.array_equal(load(saved).encode(TEXTS), frozen.encode(TEXTS))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"trained on another base than .*: weights differ"):
+        load(adapter)
+
+
+def test_saving_over_another_form_leaves_nothing_of_it(base, frozen, make_model, tmp_path):
+    folder = tmp_path / "checkpoint"
+    full = make_model(num_gem_tokens=2)
+    take_steps(full, GemLoss(full, alpha=0.5))
+    for save_base in (True, False):
+        full.save_pretrained(str(folder))
+        assert not (folder / "gem_adapter").exists()
+        frozen[0].save_base = save_base
+        frozen.save_pretrained(str(folder))
+        again = load(folder, model_kwargs={"dtype": "float32"})
+        assert np.array_equal(again.encode(TEXTS), frozen.encode(TEXTS))
+        assert (folder / "config.json").exists() == save_base
+        assert not (folder / "model.safetensors").exists()  # this base is in several files
+
+
+def test_a_path_may_be_relative(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    model = SentenceTransformer(modules=[GemTransformer(base.name, freeze_base=True)], device="cpu")
+    model[0].save_base = False
+    monkeypatch.chdir(tmp_path.parent)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert np.array_equal(load(tmp_path / "adapter").encode(TEXTS), model.encode(TEXTS))
+
+
 def test_a_file_that_is_missing_or_does_not_fit_is_an_error(frozen, tmp_path):
     folder = tmp_path / "whole"
     frozen.save_pretrained(str(folder))
@@ -248,6 +324,34 @@ def test_merged_equals_unmerged_and_is_a_plain_checkpoint(with_lora, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(plain(ids).logits, model(ids).logits)
     take_steps(with_lora, GemLoss(with_lora, alpha=0.5))  # in full mode again
+
+
+def test_a_gem_checkpoint_takes_a_lora_too(make_model, tmp_path):
+    make_model(num_gem_tokens=2).save_pretrained(str(tmp_path / "full"))
+    model = load(tmp_path / "full")
+    model.add_adapter(LoraConfig(r=4, target_modules="all-linear"))
+    take_steps(model, GemLoss(model, alpha=0.5))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert np.array_equal(load(tmp_path / "adapter").encode(TEXTS), model.encode(TEXTS))
+
+
+def test_tokens_of_the_user_are_trained_beside_the_gem_tokens(make_model):
+    model = make_model(num_gem_tokens=2)
+    model.add_adapter(LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[5]))
+    trained = dict(model.named_parameters())["0.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"]
+    assert trained.shape == (3, 32)
+    whole = make_model(num_gem_tokens=2)
+    whole.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    assert any(p.shape == (402, 32) for p in whole.parameters() if p.requires_grad)
+
+
+def test_a_lora_on_a_tied_head_is_not_merged_and_nothing_is_lost(make_model):
+    model = make_model(tie_word_embeddings=True)
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    expected = model.encode(TEXTS)
+    with pytest.raises(ValueError, match="output head that is tied to the embedding"):
+        model[0].merge()
+    assert np.array_equal(model.encode(TEXTS), expected)
 
 
 def test_what_cannot_be_merged_or_added_says_why(frozen, make_model):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from gem_st import GemCache, GemMemory
+from gem_st import GemCache, GemLoss, GemMemory, GemTransformer
 from gem_st import modeling_gem as modeling
 
-from .conftest import CORPUS
+from .conftest import CORPUS, SIZES, build_tokenizer
+from .test_frozen import take_steps
 
 ARCHITECTURES = ["llama", "mistral", "gemma3", "gpt_neo"]  # all but the first have windows of 6 tokens
 TEXTS = ["It rained all day.", "She bought bread, apples and a little cheese at the market.", "He"]
@@ -115,6 +117,95 @@ def test_rows_that_end_early_keep_no_end_token_and_no_padding(make_gem):
     assert out.cache.lengths[1] > len(gem._tokenize(TEXTS)[1])
 
 
+def test_the_end_and_padding_of_a_generation_may_be_set_in_any_way(make_gem):
+    _, gem = make_gem()
+    start = len(gem._tokenize(TEXTS)[0])
+    new = gem.generate(TEXTS[0], return_cache=True, eos_token_id=2, **GREEDY).cache.input_ids[0, start:].tolist()
+    config = GenerationConfig(eos_token_id=new[3], pad_token_id=7, **GREEDY)
+    out = gem.generate(TEXTS, return_cache=True, generation_config=config)
+    assert out.cache.input_ids[0][out.cache.attention_mask[0]][start:].tolist() == new[: new.index(new[3])]
+    again = gem.generate(TEXTS, return_cache=True, eos_token_id=new[3], pad_token_id=7, **GREEDY)
+    assert torch.equal(again.cache.attention_mask, out.cache.attention_mask)
+    assert torch.equal(again.cache.input_ids[again.cache.attention_mask], out.cache.input_ids[out.cache.attention_mask])
+    assert again.text == out.text
+
+
+def test_generate_without_a_cache_leaves_it_to_transformers(make_gem):
+    _, gem = make_gem()
+    expected = gem.generate(TEXTS, **GREEDY)
+    assert gem.generate(TEXTS, use_cache=False, **GREEDY) == expected
+    assert gem.generate(TEXTS, cache_implementation="static", **GREEDY) == expected
+    gem.model.generation_config.use_cache = False
+    assert gem.generate(TEXTS, **GREEDY) == expected
+    assert gem.generate(TEXTS, return_cache=True, **GREEDY).text == expected
+    assert gem.generate(cache=gem.prefill(TEXTS), **GREEDY) == expected
+
+
+def test_several_beams_and_sequences_start_from_one_row(make_gem):
+    _, gem = make_gem()
+    for options in ({"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}):
+        options = {**GREEDY, **options}
+        assert gem.generate(cache=gem.prefill(TEXTS), **options) == gem.generate(TEXTS, **options)
+
+
+def test_a_cache_of_other_weights_is_refused(make_gem, tmp_path):
+    model, gem = make_gem()
+    cache, memory = gem.prefill(TEXTS), gem.compress(TEXTS)
+    cache.save(tmp_path / "cache.safetensors")
+    take_steps(model, GemLoss(model, alpha=1.0, plain_ratio=1.0))
+    if gem.freeze_base:
+        gem.summarize(cache)  # the base is what it was
+        gem.reconstruct(memory)
+        with torch.no_grad():
+            gem.model.lm_head.weight[0] += 1
+    for use in (
+        lambda: gem.summarize(cache),
+        lambda: gem.generate(cache=cache),
+        lambda: gem.extend(cache, "a"),
+        lambda: gem.summarize(GemCache.load(tmp_path / "cache.safetensors")),
+        lambda: gem.reconstruct(memory),
+    ):
+        with pytest.raises(ValueError, match="made by other weights than the model's"):
+            use()
+
+
+def test_a_state_space_model_embeds_and_generates_but_has_no_such_cache(tmp_path, make_model):
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=400, hidden_size=32, state_size=4, num_hidden_layers=2, bos_token_id=0, eos_token_id=1
+    )
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    gem = GemTransformer(str(tmp_path)).eval()
+    rows = [torch.tensor([0, *range(20, 34), *last, *gem.gem_token_ids]) for last in ([50], [60, 61])]
+    with torch.no_grad():  # the shared prefix is not read apart
+        together = gem(gem.pad(rows))["sentence_embedding"]
+        assert close(together, torch.cat([gem(gem.pad([row]))["sentence_embedding"] for row in rows]))
+    for use in (lambda: gem.prefill(TEXTS), lambda: gem.compress(TEXTS), lambda: gem.generate("a", return_cache=True)):
+        with pytest.raises(ValueError, match="mamba does not continue from a cache of keys and values"):
+            use()
+    with pytest.raises(ValueError, match="mamba does not"):
+        GemTransformer(str(tmp_path), freeze_base=True)
+
+
+def test_longrope_is_not_mixed_over_its_original_length(tmp_path):
+    sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.0, 2.0], "rope_theta": 10000.0}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 4.0, **factors}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=400, rope_parameters=rope)).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    gem = GemTransformer(str(tmp_path), freeze_base=True).eval()
+    rows = [torch.arange(20, 20 + size) for size in (6, 12, 14, 20, 40)]
+    rows = [torch.cat([row, torch.tensor(gem.gem_token_ids)]) for row in rows]
+    with torch.no_grad():
+        together = gem(gem.pad(rows, "right"))["sentence_embedding"]
+        assert close(together, torch.cat([gem(gem.pad([row]))["sentence_embedding"] for row in rows]))
+    with pytest.raises(ValueError, match=r"exceed the model's context of 16"):
+        gem.prefill(["a b c d e f g h " * 4])
+
+
 def test_several_sequences_of_a_prompt_are_rows(make_gem):
     _, gem = make_gem()
     torch.manual_seed(0)
@@ -153,8 +244,11 @@ def test_rows_can_be_split_chosen_and_joined(make_gem, architecture):
     joined = GemCache.join([parts[1], other, cache[[0, 2]]])
     expected = torch.cat([vectors[[1]], gem.summarize(other), vectors[[0, 2]]])
     assert close(gem.summarize(joined), expected)
-    with pytest.raises(IndexError, match="Row 3 was asked for, but there are 3"):
+    with pytest.raises(IndexError, match=r"Rows \[3\] were asked for, but there are 3"):
         cache[3]
+    for index in (np.int64(1), torch.tensor(1), torch.tensor([False, True, False])):
+        assert torch.equal(cache[index].input_ids, cache[1].input_ids)
+    assert len(cache[[]]) == 0
     with pytest.raises(ValueError, match="one part or more, all made by the same model"):
         GemCache.join([])
 
@@ -232,6 +326,14 @@ def test_a_long_text_is_truncated_with_a_warning_as_encode_does(make_gem, warnin
         (lambda gem: gem.prefill(["a", "b"]).crop([1, 2, 3]), "one for each of 2 rows, got 3"),
         (lambda gem: gem.extend(gem.prefill("a"), "a b c " * 100), "exceed the model's context of 256"),
         (lambda gem: gem.prefill(["a", None]), "Input 1 of 2 is None"),
+        (lambda gem: gem.prefill([]), "an empty list was given"),
+        (lambda gem: gem.generate([], return_cache=True), "an empty list was given"),
+        (lambda gem: gem.generate("a", return_cache=True, use_cache=False), "use_cache=False was given, but a cache"),
+        (lambda gem: gem.generate(cache=gem.prefill("a"), prompt_lookup_num_tokens=2), "cannot start from a cache"),
+        (
+            lambda gem: gem.generate("a", return_cache=True, generation_config=GenerationConfig(num_beams=2)),
+            "return_cache=True needs num_beams=1",
+        ),
         (lambda gem: gem.reconstruct(gem.prefill("a")), "A GemMemory is needed, got GemCache"),
     ],
 )
@@ -328,5 +430,6 @@ def test_nothing_is_shared_while_gradients_are_needed(make_gem):
     lengths = features["attention_mask"].sum(1) - 2
     assert gem._run_shared_prefix(features["input_ids"], segments, lengths) is None
     with torch.no_grad():
-        assert gem._run_shared_prefix(features["input_ids"], segments, lengths) is not None
+        assert gem.train()._run_shared_prefix(features["input_ids"], segments, lengths) is None
+        assert gem.eval()._run_shared_prefix(features["input_ids"], segments, lengths) is not None
         assert gem._run_shared_prefix(features["input_ids"][:1], segments[:1], lengths[:1]) is None

@@ -180,6 +180,8 @@ def test_lora_options_reach_peft(make_model):
     names = [name for name, _ in model.named_parameters() if "lora_A" in name]
     assert names == ["0.adapter_model.model.layers.1.self_attn.q_proj.lora_A.default.weight"]
     assert model[0].adapter_model.peft_config["default"].r == 3
+    late = make_model(freeze_base=True, lora_kwargs={"layers_to_transform": [1]})
+    assert sum("lora_A" in name for name, _ in late.named_parameters()) == 7
 
 
 def test_the_trainer_trains_saves_and_loads_the_best(make_base, make_model, tmp_path):
@@ -229,3 +231,27 @@ def test_a_pool_of_processes(make_model):
     result = model.encode(TEXTS, pool=pool, chunk_size=len(TEXTS))
     model.stop_multi_process_pool(pool)
     assert (result == model.encode(TEXTS)).all()
+
+
+def test_gradient_checkpointing_does_not_drop_the_text(make_model):
+    model = make_model(num_gem_tokens=2, freeze_base=True)
+    expected = model.encode(TEXTS, convert_to_tensor=True)
+    model[0].model.gradient_checkpointing_enable()
+    model[0].adapter_model.gradient_checkpointing_enable()
+    model.train()
+    features = model[0].pad([torch.tensor(row + model[0].gem_token_ids) for row in model[0]._tokenize(TEXTS)])
+    result = model(features)["sentence_embedding"]
+    assert result.requires_grad
+    assert torch.allclose(result, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": "all"}, "bias='all' trains biases of the frozen base"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the weights of the frozen base"),
+    ],
+)
+def test_lora_options_that_touch_the_base_are_refused(make_base, options, message):
+    with pytest.raises(ValueError, match=message):
+        GemTransformer(str(make_base()), freeze_base=True, lora_kwargs=options)
