@@ -78,7 +78,8 @@ class GemLoss(nn.Module):
             which has nothing to learn from next-token prediction but what its GEM tokens hold, to 1.
         tasks: Ways to make prefix and suffix, drawn evenly: ``"reconstruction"`` (the text twice),
             ``"continuation"`` (cut at a random place; the row is then embedded by its first part).
-        token_dropout: Share of tokens deleted for the second view of a text, in [0, 1).
+        token_dropout: Share of tokens deleted for the second view of a text, in [0, 1). Defaults to 0.7, and beside a
+            frozen base to 0.85.
         alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
             Defaults to :class:`gem_st.AlphaSchedule`, 0 for 100 steps and then rising; beside a frozen base to 1, or
             0.7 where ``plain_ratio`` is below 1.
@@ -133,7 +134,7 @@ class GemLoss(nn.Module):
         *,
         plain_ratio: float | None = None,
         tasks: Sequence[str] = ("reconstruction", "continuation"),
-        token_dropout: float = 0.7,
+        token_dropout: float | None = None,
         alpha: float | Callable[[int, int], float] | None = None,
         scale: float | None = None,
     ) -> None:
@@ -146,6 +147,8 @@ class GemLoss(nn.Module):
             )
         if plain_ratio is None:
             plain_ratio = 1.0 if gem.freeze_base else 0.8
+        if token_dropout is None:
+            token_dropout = 0.85 if gem.freeze_base else 0.7
         if alpha is None and gem.freeze_base:
             alpha = 1.0 if plain_ratio == 1 else 0.7
         _check_range("plain_ratio", plain_ratio, 0.0, 1.0)

@@ -222,7 +222,8 @@ def test_defaults_of_the_loss_beside_a_frozen_base(make_model, tmp_path):
     model = make_model(freeze_base=True)
     assert (GemLoss(model).plain_ratio, GemLoss(model).alpha) == (1.0, 1.0)
     assert GemLoss(model, plain_ratio=0.5).alpha == 0.7
-    assert GemLoss(make_model()).plain_ratio == 0.8
+    assert GemLoss(model).token_dropout == 0.85
+    assert (GemLoss(make_model()).plain_ratio, GemLoss(make_model()).token_dropout) == (0.8, 0.7)
 
 
 def test_a_pool_of_processes(make_model):

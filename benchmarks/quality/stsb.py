@@ -86,7 +86,9 @@ def train(args: argparse.Namespace, texts: list[str], seed: int) -> tuple[Senten
         model_kwargs={"dtype": args.dtype},
     )
     model = SentenceTransformer(modules=[gem])
-    alpha = AlphaSchedule(args.ntp_steps, args.final_alpha, args.rise_steps) if args.alpha is None else args.alpha
+    alpha: AlphaSchedule | float | None = args.alpha
+    if alpha is None and not args.freeze_base:
+        alpha = AlphaSchedule(args.ntp_steps, args.final_alpha, args.rise_steps)
     loss = GemLoss(
         model,
         plain_ratio=args.plain_ratio,
@@ -140,9 +142,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--bf16", action="store_true", help="autocast; faster where the CPU has bf16 instructions")
-    parser.add_argument("--plain-ratio", type=float, default=0.8)
+    parser.add_argument("--plain-ratio", type=float, help="default: GemLoss's own, which depends on the mode")
     parser.add_argument("--tasks", nargs="+", default=["reconstruction", "continuation"])
-    parser.add_argument("--token-dropout", type=float, default=0.7)
+    parser.add_argument("--token-dropout", type=float, help="default: GemLoss's own")
     parser.add_argument("--scale", type=float)
     parser.add_argument("--alpha", type=float, help="a number instead of the schedule below")
     parser.add_argument("--ntp-steps", type=int, default=30)
