@@ -41,7 +41,7 @@ def train(model: SentenceTransformer, texts: list[str], folder: Path, steps: int
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict({"text": texts}),
-        loss=GemLoss(model, alpha=AlphaSchedule(num_ntp_steps=steps // 5)),
+        loss=GemLoss(model, alpha=None if model[0].freeze_base else AlphaSchedule(num_ntp_steps=steps // 5)),
     ).train()
 
 
@@ -57,20 +57,21 @@ def spearman(model: SentenceTransformer) -> float:
 
 
 @pytest.mark.slow
-def test_the_embedded_base_becomes_an_embedder_and_stays_a_generator(tmp_path):
+@pytest.mark.parametrize(("freeze_base", "rate", "perplexity_bound"), [(False, 3e-4, 1.3), (True, 1e-3, 1.0)])
+def test_the_embedded_base_becomes_an_embedder_and_stays_a_generator(tmp_path, freeze_base, rate, perplexity_bound):
     set_seed(0)
-    gem = GemTransformer(str(BASE_8M), model_kwargs={"dtype": "float32"}, max_seq_length=64)
+    gem = GemTransformer(str(BASE_8M), freeze_base=freeze_base, model_kwargs={"dtype": "float32"}, max_seq_length=64)
     model = SentenceTransformer(modules=[gem], device="cpu")
     backbone = Transformer(str(BASE_8M), model_kwargs={"dtype": "float32"})
     base = SentenceTransformer(modules=[backbone, Pooling(backbone.get_embedding_dimension(), "mean")], device="cpu")
     held_out = [json.loads(line)["text"] for line in (DATA / "passages.jsonl").read_text().splitlines()]
     texts = (DATA / "train.txt").read_text(encoding="utf-8").splitlines()
     before = spearman(base), spearman(model), perplexity(gem.model, gem.tokenizer, held_out)
-    train(model, texts, tmp_path, steps=50, rate=3e-4)
+    train(model, texts, tmp_path, steps=50, rate=rate)
     after = spearman(model), perplexity(gem.model, gem.tokenizer, held_out)
     assert after[0] > before[0] + 0.03  # better than mean pooling of the base ...
     assert after[0] > before[1] + 0.1  # ... and far better than the untrained GEM token
-    assert after[1] < 1.3 * before[2]
+    assert after[1] <= perplexity_bound * before[2]
 
 
 def test_perplexity_is_that_of_the_models_own_loss():
@@ -85,23 +86,32 @@ def test_perplexity_is_that_of_the_models_own_loss():
 
 
 @pytest.mark.parametrize("name", SMALL_MODELS)
-@pytest.mark.parametrize("num_gem_tokens", [1, 4])
-def test_small_public_models_train_save_and_reload(name, num_gem_tokens, tmp_path):
+@pytest.mark.parametrize(("num_gem_tokens", "freeze_base"), [(1, False), (4, False), (2, True)])
+def test_small_public_models_train_save_and_reload(name, num_gem_tokens, freeze_base, tmp_path):
     path = SHARED / "models" / name
     if not path.is_dir():
         pytest.skip(f"{name} is not at hand: set GEM_ST_SHARED to a folder that holds models/{name}")
     set_seed(0)
-    gem = GemTransformer(str(path), num_gem_tokens=num_gem_tokens, model_kwargs={"dtype": "float32"}, max_seq_length=64)
+    gem = GemTransformer(
+        str(path),
+        num_gem_tokens=num_gem_tokens,
+        freeze_base=freeze_base,
+        model_kwargs={"dtype": "float32"},
+        max_seq_length=64,
+    )
     model = SentenceTransformer(modules=[gem], device="cpu")
     texts = ["One day, a little girl found a needle in her room.", "", "\U0001f600 " * 5, "word " * 1000]
     alone = np.stack([model.encode(text) for text in texts])
     np.testing.assert_allclose(model.encode(texts), alone, atol=1e-4)
     sentences = (DATA / "train.txt").read_text(encoding="utf-8").splitlines()[:64]
-    train(model, sentences, tmp_path / "run", steps=3, rate=1e-3)
+    train(model, sentences, tmp_path / "run", steps=3, rate=1e-2 if freeze_base else 1e-3)
     assert abs(model.encode(texts) - alone).max() > 1e-3
     model.save_pretrained(str(tmp_path / "model"))
-    again = SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True, device="cpu")
+    again = SentenceTransformer(
+        str(tmp_path / "model"), trust_remote_code=True, device="cpu", model_kwargs={"dtype": "float32"}
+    )
     assert np.array_equal(again.encode(texts), model.encode(texts))
+    np.testing.assert_allclose(again[0].summarize(again[0].prefill(texts)).numpy(), model.encode(texts), atol=1e-4)
     prompt = "Once upon a time"
     assert again[0].generate(prompt, max_new_tokens=8) == gem.generate(prompt, max_new_tokens=8) != ""
 
