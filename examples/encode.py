@@ -1,6 +1,6 @@
 """Embed texts with a GEM model and let the same model write.
 
-python examples/encode.py runs/demo/model
+python examples/encode.py runs/demo/frozen
 """
 
 from __future__ import annotations

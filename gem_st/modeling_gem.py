@@ -393,6 +393,11 @@ class _CachedRows:
         """Number of rows, B."""
         return len(getattr(self, self.fields[0]))
 
+    def __repr__(self) -> str:
+        keys = self.layers[0][0] if self.layers else None
+        shape = "empty" if keys is None else f"{keys.shape[2]} tokens, {len(self.layers)} layers, {keys.dtype}"
+        return f"{type(self).__name__}({len(self)} rows, {shape})"
+
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Self:
         """Some of the rows, by index, slice or list of indices.
 
@@ -568,11 +573,16 @@ class GemTransformer(InputModule):
         pooling: ``"mean"`` or ``"concat"`` over the hidden states at the GEM tokens.
         max_seq_length: Tokens in a row, GEM tokens included; longer texts are truncated. Defaults to what tokenizer
             and model allow.
+        freeze_base: Leave the model as it is; train GEM embeddings, and a LoRA that is active only while GEM tokens are
+            computed. Its settings are read from a GEM checkpoint.
+        lora_rank: Rank of that LoRA, 32 by default, on all linear layers; its ``lora_alpha`` is twice the rank.
+        lora_kwargs: Further options of ``peft.LoraConfig``, e.g. ``{"lora_dropout": 0.1}``.
         model_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``, e.g. ``{"dtype": torch.float32}``.
         processor_kwargs: Passed to ``AutoTokenizer.from_pretrained``, e.g. ``{"padding_side": "left"}``.
         config_kwargs: Passed to ``AutoConfig.from_pretrained``.
 
     Raises:
+        ImportError: If a LoRA is needed and PEFT is not installed.
         ValueError: If a setting is out of range, the model is not a causal decoder with an attention that can be
             masked as K asks for, weights are missing, tokenizer and model do not fit each other, or a GEM checkpoint
             was saved with other settings.
@@ -584,6 +594,9 @@ class GemTransformer(InputModule):
         gem_token_ids: Vocabulary rows of the GEM tokens.
         gem_token_source: Where they come from, see :func:`choose_gem_token_ids`.
         max_seq_length: Tokens in a row, GEM tokens included.
+        save_base: Whether checkpoints hold the base beside an adapter, or only name it; True by default.
+        base_model_name_or_path: The base as checkpoints with an adapter name it.
+        base_model_revision: Its commit on the Hub.
         logit_scale: Log of the factor on cosine similarities in :class:`gem_st.GemLoss`. Shape: ``(1,)``
 
     References:
@@ -617,13 +630,18 @@ class GemTransformer(InputModule):
         pooling: str = "mean",
         max_seq_length: int | None = None,
         freeze_base: bool = False,
-        lora_rank: int = 32,
+        lora_rank: int | None = None,
         lora_kwargs: dict[str, Any] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if not freeze_base and (lora_rank is not None or lora_kwargs is not None):
+            raise ValueError(
+                "lora_rank and lora_kwargs belong to freeze_base=True. For a LoRA on every token, use "
+                "model.add_adapter(LoraConfig(...)) on the SentenceTransformer."
+            )
         if not isinstance(num_gem_tokens, int) or isinstance(num_gem_tokens, bool) or num_gem_tokens < 1:
             raise ValueError(f"num_gem_tokens must be a whole number of 1 or more, got {num_gem_tokens!r}.")
         if pooling not in POOLING_MODES:
@@ -661,7 +679,8 @@ class GemTransformer(InputModule):
         if saved and (freeze_base or not self.save_base):
             self._load_adapter(model_name_or_path, hub_kwargs)
         elif freeze_base:
-            options = {"r": lora_rank, "lora_alpha": 2 * lora_rank, "target_modules": "all-linear"}
+            rank = 32 if lora_rank is None else lora_rank
+            options = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
             if "layers_to_transform" in (lora_kwargs or {}):  # which PEFT does not take with "all-linear"
                 options["target_modules"] = self._linear_names()
             self._add_lora(_import_peft().LoraConfig(**_check_lora_kwargs({**options, **(lora_kwargs or {})})))
@@ -794,7 +813,7 @@ class GemTransformer(InputModule):
         super().train(mode)
         if self.freeze_base:
             self.model.eval()
-            if mode and self.adapter_model.is_gradient_checkpointing:
+            if mode and any(getattr(m, "gradient_checkpointing", False) for m in self.adapter_model.modules()):
                 self.adapter_model.gradient_checkpointing_disable()  # it drops the cache; K tokens need none
         return self
 
@@ -1278,12 +1297,12 @@ class GemTransformer(InputModule):
     # ---- one cache for embedding and generation
 
     @torch.no_grad()
-    def prefill(self, prompts: Prompts, *, prompt: str | None = None, max_length: int | None = None) -> GemCache:
+    def prefill(self, texts: Prompts, *, prompt: str | None = None, max_length: int | None = None) -> GemCache:
         """Read texts once, to embed and to continue them.
 
         Args:
-            prompts: Texts or chat messages, as :meth:`generate` takes them.
-            prompt: Put before every text.
+            texts: Texts or chat messages, as :meth:`generate` takes them.
+            prompt: Put before every text; none of the model's prompts is by itself.
             max_length: Tokens in a row, the K places for GEM tokens included, instead of :attr:`max_seq_length`.
                 Longer texts are truncated as `encode` does, with a warning.
 
@@ -1291,13 +1310,13 @@ class GemTransformer(InputModule):
             A cache of B rows, whose GEM tokens are yet to come.
         """
         max_length = self.max_seq_length if max_length is None else max_length
-        rows, _ = self._tokenize_prompts(prompts, prompt or "")
+        rows, _ = self._tokenize_prompts(texts, prompt or "")
         width = max_length - self.num_gem_tokens
         if any(len(row) > width for row in rows):
             logger.warning(
                 f"Some of {len(rows)} texts were truncated to {width} tokens; raise max_length to keep more."
             )
-            rows, _ = self._tokenize_prompts(prompts, prompt or "", max_length)
+            rows, _ = self._tokenize_prompts(texts, prompt or "", max_length)
         return self._append(None, rows)
 
     @torch.no_grad()
@@ -1351,13 +1370,12 @@ class GemTransformer(InputModule):
 
     def _weights_tag(self) -> int:
         """A number that tells the language model's weights from others, of a sample of their values."""
-        key = (self._count_changes(), self.model.dtype, self.model.device)
-        if getattr(self, "_tag", (None, 0))[0] != key:
-            weights = [weight.detach().flatten() for weight in self.model.parameters()]
-            sample = torch.cat([weight[:: max(1, len(weight) // 16)][:16].float() for weight in weights]).cpu()
-            digest = hashlib.sha256(sample.numpy().tobytes()).digest()
-            self._tag = (key, int.from_bytes(digest[:7], "big"))
-        return self._tag[1]
+        weights = list(self.model.parameters())
+        trained = [weight for weight in weights if weight.requires_grad]
+        chosen = [*weights[:: max(1, len(weights) // 16)], *trained[:: max(1, len(trained) // 16)]]
+        flat = [weight.detach().flatten() for weight in chosen]
+        sample = torch.cat([weight[:: max(1, len(weight) // 16)][:16].float() for weight in flat]).cpu()
+        return int.from_bytes(hashlib.sha256(sample.numpy().tobytes()).digest()[:7], "big")
 
     @torch.no_grad()
     def summarize(self, cache: GemCache) -> Tensor:
@@ -1385,7 +1403,7 @@ class GemTransformer(InputModule):
             return self._run_gem_tokens(past, cache.attention_mask, cache.lengths), past
 
     def _check_cache(self, cache: GemCache) -> None:
-        if not isinstance(cache, GemCache):
+        if getattr(cache, "fields", None) != GemCache.fields:  # the class may come from another checkpoint's copy
             raise ValueError(
                 f"A GemCache is needed, got {type(cache).__name__}. `prefill` makes one, and so does `generate` with "
                 "return_cache=True; a cache of transformers may have dropped what lies outside a sliding window."
@@ -1430,7 +1448,7 @@ class GemTransformer(InputModule):
         Returns:
             A memory of B rows, whose size does not depend on the texts' length.
         """
-        cache = texts if isinstance(texts, GemCache) else self.prefill(texts)
+        cache: Any = texts if hasattr(texts, "fields") else self.prefill(texts)
         states, past = self._summarize(cache)
         last = slice(-self.num_gem_tokens, None)
         layers = [(keys[:, :, last], values[:, :, last]) for keys, values in tensors_of(past)]
@@ -1453,7 +1471,7 @@ class GemTransformer(InputModule):
         Raises:
             ValueError: If it is no memory.
         """
-        if not isinstance(memory, GemMemory):
+        if getattr(memory, "fields", None) != GemMemory.fields:
             raise ValueError(f"A GemMemory is needed, got {type(memory).__name__}. `compress` makes one.")
         self._check_tags(memory.weights_tag)
         num_new = (memory.lengths - self.num_special_tokens).clamp(min=0).tolist()
@@ -1517,7 +1535,7 @@ class GemTransformer(InputModule):
                 is not either a prompt or a cache to start from.
         """
         if (prompts is None) == (cache is None):
-            raise ValueError("generate needs either prompts or a cache.")
+            raise ValueError("generate needs either prompts or a cache, and not both.")
         is_single, state = False, {}
         if return_cache:
             self._require_cache()
@@ -1640,10 +1658,15 @@ class GemTransformer(InputModule):
             **kwargs: Passed to ``save_pretrained`` of the model, e.g. ``max_shard_size="5GB"``.
 
         Raises:
-            ValueError: If ``safe_serialization`` is False.
+            ValueError: If ``safe_serialization`` is False, there is no adapter to be saved alone, or the base beside
+                an adapter was changed.
         """
         if not safe_serialization:
             raise ValueError("GEM checkpoints hold safetensors only; save with safe_serialization=True.")
+        if not (self.save_base or self.freeze_base or self._has_lora):
+            raise ValueError(
+                "save_base=False needs an adapter: freeze_base=True, or model.add_adapter(LoraConfig(...))."
+            )
         folder = Path(output_path)
         is_adapter = self.freeze_base or self._has_lora
         if is_adapter:
@@ -1760,7 +1783,9 @@ class GemTransformer(InputModule):
         # In full mode the vocabulary may hold GEM rows of our own.
         skipped = [] if self.freeze_base else [id(matrix) for matrix in self._vocabulary_matrices()]
         weights = {name.replace(".base_layer.", "."): weight for name, weight in self.model.named_parameters()}
+        # Some optimizers write without being counted, but only to what takes gradients.
         is_touched = self._count_changes() != self._base_versions
+        is_touched |= any(weight.requires_grad for weight in self.model.parameters())
         for name, stored, rows in read_weights(self._base_folder, sample=not is_touched):
             weight = weights.get(name)
             if weight is None or id(weight) in skipped or not weight.is_floating_point():

@@ -354,6 +354,13 @@ def test_a_lora_on_a_tied_head_is_not_merged_and_nothing_is_lost(make_model):
     assert np.array_equal(model.encode(TEXTS), expected)
 
 
+def test_a_full_model_cannot_be_saved_without_its_weights(make_model, tmp_path):
+    model = make_model()
+    model[0].save_base = False
+    with pytest.raises(ValueError, match="save_base=False needs an adapter"):
+        model.save_pretrained(str(tmp_path))
+
+
 def test_what_cannot_be_merged_or_added_says_why(frozen, make_model):
     with pytest.raises(ValueError, match="LoRA of a frozen base cannot be merged: it works on GEM tokens only"):
         frozen[0].merge()

@@ -152,7 +152,7 @@ def test_a_cache_of_other_weights_is_refused(make_gem, tmp_path):
     model, gem = make_gem()
     cache, memory = gem.prefill(TEXTS), gem.compress(TEXTS)
     cache.save(tmp_path / "cache.safetensors")
-    take_steps(model, GemLoss(model, alpha=1.0, plain_ratio=1.0))
+    take_steps(model, GemLoss(model, alpha=1.0, plain_ratio=1.0), fused=True)
     if gem.freeze_base:
         gem.summarize(cache)  # the base is what it was
         gem.reconstruct(memory)
@@ -433,3 +433,16 @@ def test_nothing_is_shared_while_gradients_are_needed(make_gem):
         assert gem.train()._run_shared_prefix(features["input_ids"], segments, lengths) is None
         assert gem.eval()._run_shared_prefix(features["input_ids"], segments, lengths) is not None
         assert gem._run_shared_prefix(features["input_ids"][:1], segments[:1], lengths[:1]) is None
+
+
+def test_a_cache_of_the_installed_package_serves_a_checkpoints_own_class(make_gem, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    model, gem = make_gem()
+    model.save_pretrained(str(tmp_path / "model"))
+    remote = SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True, device="cpu")[0]
+    cache, memory = remote.prefill(TEXTS), remote.compress(TEXTS)
+    assert repr(cache).startswith("GemCache(3 rows, ")
+    cache.save(tmp_path / "cache.safetensors")
+    assert torch.equal(remote.summarize(GemCache.load(tmp_path / "cache.safetensors")), gem.summarize(cache))
+    assert gem.reconstruct(memory) == remote.reconstruct(gem.compress(cache))

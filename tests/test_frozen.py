@@ -30,9 +30,9 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def take_steps(model, loss, num_steps: int = 3) -> None:
+def take_steps(model, loss, num_steps: int = 3, fused: bool = False) -> None:
     model.train()
-    optimizer = torch.optim.AdamW([p for p in loss.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in loss.parameters() if p.requires_grad], lr=1e-2, fused=fused)
     for _ in range(num_steps):
         loss([model.preprocess(CORPUS)]).backward()
         optimizer.step()
@@ -256,3 +256,8 @@ def test_gradient_checkpointing_does_not_drop_the_text(make_model):
 def test_lora_options_that_touch_the_base_are_refused(make_base, options, message):
     with pytest.raises(ValueError, match=message):
         GemTransformer(str(make_base()), freeze_base=True, lora_kwargs=options)
+
+
+def test_lora_options_without_a_frozen_base_are_refused(make_base):
+    with pytest.raises(ValueError, match="lora_rank and lora_kwargs belong to freeze_base=True"):
+        GemTransformer(str(make_base()), lora_rank=8)

@@ -41,7 +41,7 @@ def train(args: argparse.Namespace, num_gem_tokens: int, texts: list[str], held_
         args.base,
         num_gem_tokens=num_gem_tokens,
         freeze_base=not args.full,
-        lora_rank=args.lora_rank,
+        lora_rank=None if args.full else args.lora_rank,
         max_seq_length=96,
         model_kwargs={"dtype": "float32"},
     )

@@ -80,8 +80,8 @@ def train(args: argparse.Namespace, texts: list[str], seed: int) -> tuple[Senten
         num_gem_tokens=args.num_gem_tokens,
         max_seq_length=args.max_length,
         freeze_base=args.freeze_base,
-        lora_rank=args.lora_rank,
-        lora_kwargs=args.lora_kwargs,
+        lora_rank=args.lora_rank if args.freeze_base else None,
+        lora_kwargs=args.lora_kwargs if args.freeze_base else None,
         pooling=args.pooling,
         model_kwargs={"dtype": args.dtype},
     )
