@@ -810,6 +810,8 @@ class GemTransformer(InputModule):
 
     def train(self, mode: bool = True) -> GemTransformer:
         """Set training mode; a frozen base stays in evaluation mode, so that what it computes never changes."""
+        if not mode and not any(module.training for module in self.modules()):
+            return self  # `encode` asks for it on every call, and switching every module takes a while
         super().train(mode)
         if self.freeze_base:
             self.model.eval()
