@@ -3,7 +3,8 @@
     python examples/rag_one_model.py runs/demo/frozen
 
 Compares with the two usual ways: an embedder and a generator side by side, where each reads every document, and one
-model that reads the found document again for every question.
+model that reads the found document again for every question. Models of a few million weights find and answer badly; it
+is the work saved that can be seen.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main() -> None:
     # In float32, since rounding in bfloat16 can turn a near-tie between two next tokens the other way.
     model = SentenceTransformer(args.model, trust_remote_code=True, model_kwargs={"dtype": "float32"})
     gem = model[0]
+    gem.max_seq_length = None  # as long as the model allows; training may have set less
     documents = read_documents(args.passages)
     questions = ["How do I get a loaf to rise?", "What should I feed a young dog?", "Why is the train late?"]
 

@@ -99,7 +99,7 @@ def test_training_examples_and_encode(tmp_path):
     )
     for model in ("self", "pairs"):
         assert "How do I keep bread fresh?" in run_python(examples / "encode.py", tmp_path / model, cwd=tmp_path)
-    output = run_python(examples / "rag_one_model.py", tmp_path / "self", "--passages", 80, cwd=tmp_path)
+    output = run_python(examples / "rag_one_model.py", tmp_path / "self", "--passages", 8, cwd=tmp_path)
     assert re.search(r"answering: [\d.]+ times as fast as reading the document again, same answers", output)
 
 
