@@ -886,8 +886,8 @@ class GemTransformer(InputModule):
     @torch.no_grad()
     def _probe_cache(self) -> bool:
         """True if the model reads a row in two parts, with padding before the first, as it reads it in one."""
-        if self.model.config._attn_implementation not in MASKED_ATTENTION:
-            return True  # FlashAttention, which cannot be run yet
+        if self.model.config._attn_implementation not in ("eager", "sdpa"):
+            return True  # FlashAttention cannot be run yet, and flex_attention would compile for shapes of its own
         past, ids = DynamicCache(), self._probe(0, 0, 1, 2, 3)
         real = torch.ones_like(ids)
         real[:, 0] = 0
