@@ -383,6 +383,9 @@ class _CachedRows:
         named |= {f"values.{index}": values for index, (_, values) in enumerate(self.layers)}
         return named | {name: getattr(self, name) for name in self.fields}
 
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return self._of({name: function(tensor) for name, tensor in self._tensors().items()})
+
     @classmethod
     def _of(cls, tensors: Mapping[str, Tensor]) -> Self:
         num_layers = sum(name.startswith("keys.") for name in tensors)
@@ -405,12 +408,12 @@ class _CachedRows:
             IndexError: If there is no such row.
         """
         if isinstance(rows, slice):
-            return self._of({name: tensor[rows] for name, tensor in self._tensors().items()})
+            return self._map(lambda tensor: tensor[rows])
         index = torch.as_tensor(rows).reshape(-1)
         index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
         if len(index) and not -len(self) <= int(index.min()) <= int(index.max()) < len(self):
             raise IndexError(f"Rows {index.tolist()} were asked for, but there are {len(self)}.")
-        return self._of({name: tensor[index.to(tensor.device)] for name, tensor in self._tensors().items()})
+        return self._map(lambda tensor: tensor[index.to(tensor.device)])
 
     def split(self) -> list[Self]:
         """One for each row."""
@@ -430,17 +433,11 @@ class _CachedRows:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move to a device, cast keys, values and states, or both."""
-        return self._of(
-            {
-                name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-                for name, tensor in self._tensors().items()
-            }
-        )
+        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file."""
-        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        save_file(tensors, path, metadata={"format": "pt", "kind": type(self).__name__})
+        save_file(self._map(Tensor.contiguous)._tensors(), path, metadata={"format": "pt", "kind": type(self).__name__})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -669,6 +666,7 @@ class GemTransformer(InputModule):
         self.max_seq_length = saved.get("max_seq_length") if max_seq_length is None else max_seq_length
         self.logit_scale = nn.Parameter(torch.tensor([saved.get("logit_scale", math.log(20.0))]))
 
+        self._has_window = _has_window(self.model.config.get_text_config())
         self._can_cache = self._probe_cache()
         self._claim_gem_tokens(saved)
         if freeze_base:
@@ -751,8 +749,7 @@ class GemTransformer(InputModule):
             raise ValueError(
                 f"{model_name_or_path} holds an adapter only; its base, {base!r} (revision "
                 f"{self.base_model_revision}), cannot be loaded: {error}\nMake it available, or edit "
-                "base_model_name_or_path in "
-                f"{self.config_file_name} to where you keep it."
+                f"base_model_name_or_path in {self.config_file_name} to where you keep it."
             ) from error
         return base, {"revision": self.base_model_revision, "subfolder": ""}
 
@@ -793,6 +790,11 @@ class GemTransformer(InputModule):
         rows = draw_gem_rows(self.model.get_input_embeddings()(used), self.num_gem_tokens)
         self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
 
+    @property
+    def _gem_model(self) -> Any:
+        """The model that GEM tokens run through, and a LoRA works on."""
+        return self.adapter_model if self.freeze_base else self.model
+
     def _linear_names(self) -> list[str]:
         """Names of the linear layers, without the output head."""
         head = self.model.get_output_embeddings()
@@ -801,7 +803,7 @@ class GemTransformer(InputModule):
 
     def _add_lora(self, config: Any) -> Any:
         """Add an adapter to the model that computes GEM tokens; its weights are float32 whatever the base's are."""
-        model = self.adapter_model if self.freeze_base else self.model
+        model = self._gem_model
         model.add_adapter(config)
         for weight in model.parameters():
             if weight.requires_grad:
@@ -1223,18 +1225,11 @@ class GemTransformer(InputModule):
 
     def _close_gaps(self, past: DynamicCache, is_text: Tensor) -> tuple[DynamicCache, Tensor]:
         """Move padding to the left where a sliding window counts keys, so that it ends at the last of the text."""
-        if not self._has_sliding_window or bool(is_text.all()):
+        if not self._has_window or bool(is_text.all()):
             return past, is_text
         order = is_text.int().argsort(dim=1, stable=True)
         moved = cache_of((take_tokens(tensor, order) for tensor in layer) for layer in tensors_of(past))
         return moved, is_text.gather(1, order)
-
-    @property
-    def _has_sliding_window(self) -> bool:
-        config = self.model.config.get_text_config()
-        if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-            return True
-        return any(value for key, value in config.to_dict().items() if "window" in key or "chunk" in key)
 
     def _run_gem_tokens(self, past: DynamicCache, is_text: Tensor, lengths: Tensor) -> Tensor:
         """Append the K GEM tokens to a cache, in place.
@@ -1247,8 +1242,7 @@ class GemTransformer(InputModule):
         Returns:
             Hidden states of the GEM tokens. Shape: ``(B, K, D)``
         """
-        shape = (len(lengths), self.num_gem_tokens)
-        model = self.adapter_model if self.freeze_base else self.model
+        shape, model = (len(lengths), self.num_gem_tokens), self._gem_model
         real = F.pad(is_text, (0, self.num_gem_tokens), value=True)
         mask: Any = real
         if self.num_gem_tokens > 1:
@@ -1572,7 +1566,7 @@ class GemTransformer(InputModule):
         rows_and_masks = zip(output.sequences, keep, strict=True)
         texts: list[str] = [self._decode_new(sequence[mask], ids.shape[1]) for sequence, mask in rows_and_masks]
         text = texts[0] if is_single and len(texts) == 1 else texts
-        return GeneratedText(text, self._cache_of_output(output, real, generate_kwargs)) if return_cache else text
+        return GeneratedText(text, self._cache_of_output(output, real, written)) if return_cache else text
 
     def _generate(self, input_ids: Tensor, attention_mask: Tensor, **generate_kwargs: Any) -> Any:
         suppressed = {*(generate_kwargs.pop("suppress_tokens", None) or [])}
@@ -1591,11 +1585,9 @@ class GemTransformer(InputModule):
         with _Evaluating(self.model):
             return self.model.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
 
-    def _cache_of_output(self, output: Any, prompt_mask: Tensor, generate_kwargs: dict[str, Any]) -> GemCache:
+    def _cache_of_output(self, output: Any, prompt_mask: Tensor, written: Tensor) -> GemCache:
         """What transformers' ``generate`` has read and written, the last token included, as a :class:`GemCache`."""
         sequences = output.sequences
-        num_prompt = prompt_mask.shape[1]
-        written = self._is_written(sequences[:, num_prompt:], generate_kwargs)
         prompt_mask = prompt_mask.bool().repeat_interleave(len(sequences) // len(prompt_mask), dim=0)
         real = torch.cat([prompt_mask, written], dim=1)
         num_read = output.past_key_values.get_seq_length()
@@ -1705,8 +1697,7 @@ class GemTransformer(InputModule):
 
     def _save_adapter(self, folder: Path) -> None:
         """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""
-        peft = _import_peft()
-        model = self.adapter_model if self.freeze_base else self.model
+        peft, model = _import_peft(), self._gem_model
         if len(model.active_adapters()) != 1:
             raise ValueError(f"One active adapter can be saved, but these are: {model.active_adapters()}.")
         name = model.active_adapters()[0]
@@ -1717,14 +1708,11 @@ class GemTransformer(InputModule):
         lora = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in lora.items()}
         save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = copy.copy(model.peft_config[name])
-        config.base_model_name_or_path, config.inference_mode = (
-            self.get_config_dict().get("base_model_name_or_path"),
-            True,
-        )
+        config.base_model_name_or_path = self.get_config_dict().get("base_model_name_or_path")
+        config.inference_mode = True
         config.save_pretrained(folder)
-        rows = (
-            [self.gem_embeddings] if self.freeze_base else [m[self.gem_token_ids] for m in self._vocabulary_matrices()]
-        )
+        matrices = [] if self.freeze_base else self._vocabulary_matrices()
+        rows = [self.gem_embeddings] if self.freeze_base else [matrix[self.gem_token_ids] for matrix in matrices]
         named = {f"gem_rows.{index}": row.detach().contiguous() for index, row in enumerate(rows)}
         save_file(named, folder / "gem_rows.safetensors", metadata={"format": "pt"})
         is_whole = self.freeze_base and self.save_base
@@ -1944,23 +1932,26 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_weights(folder: Path, *, sample: bool) -> Iterator[tuple[str, Tensor, Any]]:
     """Name, rows and row numbers of each weight in a model's files; of a sample the first, middle and last row."""
-
-    def choose(num_rows: int) -> list[int]:
-        return sorted({0, num_rows // 2, num_rows - 1} if sample else range(num_rows))
-
-    for path in weight_files(folder):
+    paths = weight_files(folder)
+    for path in paths:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a dict
                 weight = file.get_slice(name)
-                rows = choose((weight.get_shape() or [0])[0])
-                if sample and rows[-1] >= 0:
+                if not sample:
+                    yield name, file.get_tensor(name), ...
+                elif rows := _sample_rows(weight.get_shape()):
                     yield name, torch.cat([weight[row : row + 1] for row in rows]), rows
-                elif not sample:
-                    yield name, file.get_tensor(name), slice(None)
-    for path in [] if weight_files(folder) else sorted(folder.glob("pytorch_model*.bin")):
+    for path in [] if paths else sorted(folder.glob("pytorch_model*.bin")):
         for name, weight in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
-            rows = choose(len(weight)) if weight.ndim else []
-            yield name, weight[rows], rows
+            if not sample:
+                yield name, weight, ...
+            elif rows := _sample_rows(weight.shape):
+                yield name, weight[rows], rows
+
+
+def _sample_rows(shape: Sequence[int]) -> list[int]:
+    num_rows = shape[0] if len(shape) else 0
+    return sorted({0, num_rows // 2, num_rows - 1}) if num_rows else []
 
 
 def fingerprint_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
@@ -2011,6 +2002,13 @@ def _expand(shared: tuple[Tensor, DynamicCache], num_rows: int) -> tuple[Tensor,
     states, past = shared
     layers = [[tensor.expand(num_rows, -1, -1, -1) for tensor in layer] for layer in tensors_of(past)]
     return states.expand(num_rows, -1, -1), cache_of(layers)
+
+
+def _has_window(config: Any) -> bool:
+    """True if some layer does not see every key, so that gaps between keys would count."""
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+        return True
+    return any(value for key, value in config.to_dict().items() if "window" in key or "chunk" in key)
 
 
 def _check_lora_kwargs(options: dict[str, Any]) -> dict[str, Any]:
