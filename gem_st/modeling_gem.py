@@ -30,16 +30,24 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import cached_file, logging
 from typing_extensions import Self
+
+REQUIREMENTS = {"sentence-transformers": ">=6.0", "transformers": ">=5.4", "torch": ">=2.6"}
+"""What Sentence Transformers checks before it loads a checkpoint; older versions than that stop at the next lines."""
+
+try:
+    from sentence_transformers.base.modules import InputModule
+    from transformers.masking_utils import create_masks_for_generate
+except ImportError as error:
+    wanted = " ".join(f"'{package}{versions}'" for package, versions in REQUIREMENTS.items())
+    raise ImportError(f"GEM needs newer packages: pip install -U {wanted} ({error})") from error
 
 logger = logging.get_logger(__name__)
 
@@ -960,7 +968,12 @@ class GemTransformer(InputModule):
     def get_config_dict(self) -> dict[str, Any]:
         """Settings written to ``gem_config.json``; with them a reload is exact."""
         save_base = self.save_base and not self._has_lora
-        settings = {**super().get_config_dict(), "logit_scale": self.logit_scale.item(), "save_base": save_base}
+        settings = {
+            **super().get_config_dict(),
+            "logit_scale": self.logit_scale.item(),
+            "save_base": save_base,
+            "remote_code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        }
         if save_base and Path(self.base_model_name_or_path).is_dir():
             return settings  # a folder of this machine is nobody's business
         names = ("base_model_name_or_path", "base_model_revision")
@@ -1677,6 +1690,7 @@ class GemTransformer(InputModule):
         if is_adapter:
             self._save_adapter(folder / self.adapter_folder)
         self.save_config(output_path)
+        self._require_versions(folder / "config_sentence_transformers.json")
         remote_code = folder / self.remote_code_file_name
         if not remote_code.exists() or not remote_code.samefile(__file__):
             shutil.copyfile(__file__, remote_code)
@@ -1694,6 +1708,14 @@ class GemTransformer(InputModule):
         for file in [*folder.glob("model*.safetensors"), *(folder / name for name in names)]:
             file.unlink(missing_ok=True)
         shutil.rmtree(folder / self.adapter_folder, ignore_errors=True)
+
+    @staticmethod
+    def _require_versions(config_path: Path) -> None:
+        """Add the versions needed to what Sentence Transformers has just written, and does not keep by itself."""
+        if config_path.exists():
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+            config["requirements"] = {**config.get("requirements", {}), **REQUIREMENTS}
+            config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
     def _save_adapter(self, folder: Path) -> None:
         """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
+import subprocess
+import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +19,7 @@ from safetensors import safe_open
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import AutoModelForCausalLM
 
-from gem_st import GemLoss, GemTransformer
+from gem_st import GemLoss, GemTransformer, modeling_gem
 
 from .conftest import CORPUS
 
@@ -60,6 +65,7 @@ def test_what_lies_in_a_checkpoint(saved):
         "freeze_base": False,
         "logit_scale": 2.5,
         "save_base": True,
+        "remote_code_sha256": hashlib.sha256((folder / "gem_st.py").read_bytes()).hexdigest(),
     }
     source = Path(__file__).parents[1] / "gem_st" / "modeling_gem.py"
     assert (folder / "gem_st.py").read_text() == source.read_text()
@@ -67,6 +73,26 @@ def test_what_lies_in_a_checkpoint(saved):
         assert "lm_head.weight" in file.keys()  # noqa: SIM118
     assert json.loads((folder / "generation_config.json").read_text())["suppress_tokens"] == model[0].gem_token_ids
     assert not [*folder.rglob("*.bin"), *folder.rglob("*.pkl"), *folder.rglob("*.pt")]
+
+
+def test_versions_that_are_too_old_are_named(saved):
+    needed = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in requires("gem-st"))
+    assert needed.items() >= modeling_gem.REQUIREMENTS.items()
+    _, folder = saved
+    config = folder / "config_sentence_transformers.json"
+    assert json.loads(config.read_text())["requirements"] == modeling_gem.REQUIREMENTS
+    config.write_text(config.read_text().replace(">=5.4", ">=99"))
+    with pytest.raises(ImportError, match=r"transformers.*>=99"):
+        SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+
+
+@pytest.mark.parametrize("module", ["sentence_transformers.base.modules", "transformers.masking_utils"])
+def test_older_libraries_get_one_clear_line(saved, module):
+    _, folder = saved
+    code = f"import sys, torch, transformers\nsys.modules['{module}'] = None\nimport gem_st"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ImportError: GEM needs newer packages: pip install -U 'sentence-transformers>=6.0'" in done.stderr
 
 
 def test_reload_with_gem_st_is_exact(saved):
