@@ -55,6 +55,44 @@ def perplexity(
     return math.exp(total / count)
 
 
+class PerplexityEvaluator(BaseEvaluator):
+    """Perplexity of a GEM model's generator on texts, so that the trainer and the model card watch it, too.
+
+    Args:
+        texts: The texts, of the kind the base model is good at, and not trained on.
+        name: Put before the name of the metric.
+        max_length: Tokens read of each text.
+        batch_size: Texts in a forward pass.
+    """
+
+    greater_is_better = False
+
+    def __init__(self, texts: Sequence[str], name: str = "", max_length: int = 256, batch_size: int = 16) -> None:
+        super().__init__()
+        self.texts, self.name, self.max_length, self.batch_size = list(texts), name, max_length, batch_size
+        self.primary_metric = f"{name}_perplexity" if name else "perplexity"
+
+    def __call__(  # type: ignore[override]  # a dict always
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Measure.
+
+        Args:
+            model: A model whose first module is a GemTransformer.
+            output_path: Not used.
+            epoch: The trainer's epoch, for the model card.
+            steps: The trainer's step, for the model card.
+
+        Returns:
+            The metric, per token.
+        """
+        gem: Any = model[0]
+        value = perplexity(gem.model, gem.tokenizer, self.texts, max_length=self.max_length, batch_size=self.batch_size)
+        metrics = self.prefix_name_to_metrics({"perplexity": value}, self.name)
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        return metrics
+
+
 class ReconstructionEvaluator(BaseEvaluator):
     """How much of texts their GEM tokens hold: writes each from its memory alone and compares (paper, table 6).
 

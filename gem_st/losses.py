@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerState
 from transformers.utils import logging
 
+from .model_card import CITATION, use_gem_card
 from .training import AlphaSchedule
 from .views import NO_TARGET, TASKS, drop_tokens, join_row, split_rows
 
@@ -171,6 +172,7 @@ class GemLoss(nn.Module):
             gem.require_attention_mask()
         self.num_special = gem.num_special_tokens
         _warn_of_low_precision(gem)
+        use_gem_card(model)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GemLoss:
         """Check the data: a trainer moves its loss to the device while it is being built, and calls this."""
@@ -323,15 +325,7 @@ class GemLoss(nn.Module):
     @property
     def citation(self) -> str:
         """BibTeX entry of the paper, for the model card."""
-        return """
-@misc{gem2025,
-    title = {GEM: Empowering LLM for both Embedding Generation and Language Understanding},
-    year = {2025},
-    eprint = {2506.04344},
-    archivePrefix = {arXiv},
-    url = {https://arxiv.org/abs/2506.04344},
-}
-"""
+        return CITATION
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

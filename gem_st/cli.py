@@ -1,0 +1,172 @@
+"""The `gem-st` command: each command calls one function of the library and prints what it returns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ._version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="GEM for Sentence Transformers: one LLM that embeds text and keeps generating.",
+)
+
+Source = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its Hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
+Token = Annotated[str | None, typer.Option(help="Hub token; that of `hf auth login` by default.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of a checkpoint that is not this gem_st's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Format(str, Enum):
+    """Formats of an export."""
+
+    gem = "gem"
+    stock = "stock"
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Print what the library raises on purpose as one line, and exit with status 1."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        typer.secho(f"gem-st: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
+
+
+def _print(result: dict[str, Any], as_json: bool, text: str | None = None) -> None:
+    lines = (f"{name:<22}{value}" for name, value in result.items() if value not in (None, {}, []))
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text or "\n".join(lines))
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"gem-st {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    """GEM for Sentence Transformers: one LLM that embeds text and keeps generating."""
+
+
+@app.command()
+def export(
+    model: Source,
+    path: Annotated[Path, typer.Argument(help="Folder to write; new, or empty.")],
+    format: Annotated[
+        Format, typer.Option(help="gem: for every model. stock: no remote code, for K = 1 in full mode.")
+    ] = Format.gem,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA on every token into the weights first.")] = False,
+    dtype: Annotated[str, typer.Option(help="Data type to load in, e.g. float32.")] = "auto",
+    revision: Revision = None,
+    token: Token = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint with reference vectors in it, which `verify` checks.
+
+    Example: gem-st export runs/demo/full exported --format gem
+    """
+    with _one_line_errors():
+        from . import hub
+
+        loaded: Any = hub.load(
+            model,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            model_kwargs={"dtype": dtype},
+        )
+        if merge:
+            loaded[0].merge()
+        folder = hub.export(loaded, path, format=format.value)
+    _print(
+        {"path": str(folder), "format": format.value}, as_json, f"Written to {folder}. Check it: gem-st verify {folder}"
+    )
+
+
+@app.command()
+def verify(
+    model: Source,
+    revision: Revision = None,
+    token: Token = None,
+    trust_remote_code: Trust = False,
+    device: Annotated[str, typer.Option(help="Where to load it.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Check that a checkpoint is whole, and gives the vectors and logits it gave when it was exported.
+
+    Example: gem-st verify org/gem-llama-8b --revision main
+    """
+    with _one_line_errors():
+        from . import hub
+
+        result = hub.verify(model, revision=revision, token=token, trust_remote_code=trust_remote_code, device=device)
+    _print(result.to_dict(), as_json, str(result))
+    raise typer.Exit(0 if result.passed else 1)
+
+
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository; made if there is none.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Update a repository that holds files.")] = False,
+    replace_model_card: Annotated[bool, typer.Option("--replace-model-card", help="Replace its card, too.")] = False,
+    message: Annotated[str, typer.Option(help="Title of the commit.")] = "Add GEM checkpoint",
+    revision: Annotated[str | None, typer.Option(help="Branch; made if there is none.")] = None,
+    token: Token = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint with reference vectors in it, in one commit.
+
+    Example: gem-st push runs/demo/frozen org/gem-base-8m --private
+    """
+    with _one_line_errors():
+        from . import hub
+
+        url = hub.push(
+            Path(model),
+            repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            exist_ok=exist_ok,
+            replace_model_card=replace_model_card,
+            commit_message=message,
+            trust_remote_code=trust_remote_code,
+        )
+    _print({"url": url}, as_json, f"{url}\nCheck it: gem-st verify {repo_id}")
+
+
+@app.command()
+def info(model: Source, revision: Revision = None, token: Token = None, as_json: AsJson = False) -> None:
+    """Show a checkpoint's settings, from its small files alone; none of its code runs.
+
+    Example: gem-st info org/gem-llama-8b --json
+    """
+    with _one_line_errors():
+        from . import hub
+
+        result = hub.info(model, revision=revision, token=token)
+    _print(result, as_json)
+
+
+if __name__ == "__main__":
+    app()

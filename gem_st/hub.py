@@ -1,0 +1,719 @@
+"""What passes between a GEM model and the Hub: export, verify, push, info.
+
+Nothing half-written is ever left: an export appears in its folder when it is whole, a push is one commit.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers import __version__ as sentence_transformers_version
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+from transformers import __version__ as transformers_version
+
+from . import modeling_gem
+from ._version import __version__
+from .model_card import MODEL_ID, use_gem_card
+
+FORMATS = ("gem", "stock")
+REFERENCE_FILES = ("gem_reference.json", "gem_reference.safetensors")
+CARD = "README.md"
+STOCK_FOLDER = "embedding"
+"""Folder of a stock export in which a complete Sentence-Transformers checkpoint lies."""
+
+REFERENCE_TEXTS = [
+    "",
+    "A man is playing a guitar.",
+    "The stock market fell by 3.5 % on Tuesday, its largest one-day loss since March.",
+    "def add(a, b):\n    return a + b\n",
+    "Der Zug in die Stadt hat Versp\u00e4tung. \u5217\u8f66\u665a\u70b9\u4e86\u3002 \u0645\u062a\u0623\u062e\u0631",
+    "\U0001f682\U0001f327\ufe0f  two  spaces,\ttab,   end ",
+    "Knead the dough well, let it rest for an hour, and bake it until the loaf sounds hollow. " * 12,
+]
+REFERENCE_PROMPT = "Once upon a time there was"
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""Relative error allowed between machines; 0.05 below float32."""
+
+TRANSPORT_ERROR: Any = HfHubHTTPError.__bases__[0]
+"""httpx's own; the package's name differs between versions of the Hub's client."""
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.msgpack", "*.h5")
+OWN_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*"),
+    *("gem_*", "modules.json", "config_sentence_transformers.json", "chat_template*", "[0-9]_*/*", "embedding/*"),
+)
+"""Files of a checkpoint: an update of a repository removes those that the new one does not have."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+def export(model: SentenceTransformer, path: str | Path, *, format: str = "gem") -> Path:
+    """Write a checkpoint with reference vectors in it, so that :func:`verify` can tell whether it still gives them.
+
+    Args:
+        model: A model whose first module is a GemTransformer.
+        path: A folder that does not exist yet, or is empty.
+        format: ``"gem"``, what ``save_pretrained`` writes, for every model; or ``"stock"``, for K = 1 in full mode: a
+            checkpoint of Sentence Transformers' own modules that needs no remote code. Its root is a plain generator
+            with a clean tokenizer, its folder ``embedding`` a checkpoint by itself, for serving engines, whose
+            tokenizer appends the GEM token; the weights are one file under two names.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the model is not a GEM model, or cannot be written in this format.
+        FileExistsError: If the folder holds files.
+        OSError: If it cannot be written, e.g. to a full disk; nothing is left then.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {FORMATS}, got {format!r}.")
+    gem = _gem_of(model)
+    if format == "stock":
+        _check_stock(model)
+    with _all_or_nothing(Path(path)) as folder:
+        if format == "stock":
+            _save_stock(model, folder)
+        else:
+            use_gem_card(model)
+            model.save_pretrained(str(folder))
+        _write_reference(model, gem, folder, format)
+    return Path(path)
+
+
+def _gem_of(model: Any) -> Any:
+    gem = model[0] if isinstance(model, torch.nn.Sequential) and len(model) else None
+    if not hasattr(gem, "gem_token_ids"):
+        raise ValueError(
+            f"A SentenceTransformer whose first module is a GemTransformer is needed, got {type(model).__name__} with "
+            f"{type(gem).__name__}. Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
+        )
+    return gem
+
+
+@contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[Path]:
+    """A folder beside the one wanted, which takes its name when all is written, and is removed when something fails."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty. Export to a new folder, or remove it first.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if _is_full_disk(error):
+            raise OSError(
+                errno.ENOSPC, f"The disk is full: {folder} was not written. Free some space, or choose another disk"
+            ) from error
+        raise
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """True for errors of a full disk, also as safetensors words them."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+@torch.inference_mode()
+def _write_reference(model: SentenceTransformer, gem: Any, folder: Path, format: str) -> None:
+    """Write texts, their vectors, the logits of a prompt, and the hashes of all files but the card."""
+    embeddings = model.encode(REFERENCE_TEXTS, convert_to_tensor=True, show_progress_bar=False)
+    ids = gem.tokenizer(REFERENCE_PROMPT, return_tensors="pt")["input_ids"].to(gem.model.device)
+    logits = gem.model(ids).logits[0, -1]
+    tensors = {"embeddings": embeddings.float().cpu().contiguous(), "logits": logits.float().cpu().contiguous()}
+    save_file(tensors, folder / REFERENCE_FILES[1], metadata={"format": "pt"})
+    reference = {
+        "format": format,
+        "texts": REFERENCE_TEXTS,
+        "prompt": REFERENCE_PROMPT,
+        "dtype": str(gem.model.dtype).removeprefix("torch."),
+        "tolerance": TOLERANCES.get(gem.model.dtype, 5e-2),
+        "gem_token_ids": gem.gem_token_ids,
+        "holds_base": (folder / "config.json").exists(),
+        "versions": {
+            "gem_st": __version__,
+            "sentence_transformers": sentence_transformers_version,
+            "transformers": transformers_version,
+            "torch": torch.__version__,
+        },
+        "files": {name: _hash(folder / name) for name in _files(folder) if name not in (CARD, REFERENCE_FILES[0])},
+    }
+    text = json.dumps(reference, indent=2, ensure_ascii=False) + "\n"
+    (folder / REFERENCE_FILES[0]).write_text(text, encoding="utf-8")
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files below a folder, hidden ones left out."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Export to stock modules
+
+
+def _check_stock(model: SentenceTransformer) -> None:
+    """Say why a model cannot be made of Sentence Transformers' own modules."""
+    gem = _gem_of(model)
+    if gem.freeze_base:
+        raise ValueError(
+            "A frozen base cannot be exported to stock modules: its LoRA works on GEM tokens only, and no stock module "
+            'or serving engine can switch it on in the middle of a row. Use format="gem".'
+        )
+    if gem._has_lora:
+        raise ValueError("The model holds a LoRA. Merge it first: model[0].merge().")
+    if gem.num_gem_tokens > 1:
+        raise ValueError(
+            f"The model has {gem.num_gem_tokens} GEM tokens; stock modules can append one, and no attention mask keeps "
+            'two apart. Use format="gem", or train with num_gem_tokens=1. An engine that takes token ids can serve '
+            "it: the mean of K requests, one for each GEM token, equals the embedding (docs/serving.md)."
+        )
+    if not isinstance(gem.tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{type(gem.tokenizer).__name__} has no tokenizer.json that a GEM token could be appended in.")
+
+
+def _save_stock(model: SentenceTransformer, folder: Path) -> None:
+    """Write the generator at the root, and a Sentence-Transformers checkpoint that shares its weights beside it."""
+    gem, inner = _gem_of(model), folder / STOCK_FOLDER
+    gem.model.save_pretrained(folder)
+    gem.save_tokenizer(str(folder))
+    inner.mkdir()
+    for file in [folder / "config.json", *folder.glob("model*.safetensors*")]:
+        _link(file, inner / file.name)
+    _tokenizer_with_gem_token(gem).save_pretrained(inner)
+    settings = {"max_seq_length": gem.max_seq_length, "do_lower_case": False}
+    _write_json(inner / "sentence_bert_config.json", settings)
+    modules: list[Any] = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    modules.append(_save_pooling(gem, inner))
+    for index, module in enumerate(list(model.children())[1:], start=2):
+        modules.append(_save_module(module, index, inner))
+    outer: Any = model
+    config = {**outer._get_model_config(), "requirements": {"sentence-transformers": ">=5.4"}}
+    for place, prefix in ((inner, ""), (folder, STOCK_FOLDER)):
+        prefixed = [{**module, "path": "/".join(filter(None, (prefix, module["path"])))} for module in modules]
+        _write_json(place / "modules.json", prefixed)
+        _write_json(place / "config_sentence_transformers.json", config)
+    use_gem_card(model)
+    card: Any = copy.copy(model.model_card_data)
+    card.is_stock, card.tags = True, [tag for tag in card.tags if tag != "custom_code"]
+    text = ModelCard.from_template(card, template_path=str(card.template_path)).content
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _save_pooling(gem: Any, inner: Path) -> dict[str, Any]:
+    """Last-token pooling in the schema of today, and in the one that text-embeddings-inference reads."""
+    legacy = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    settings = {"embedding_dimension": gem.get_embedding_dimension(), "pooling_mode": "lasttoken"}
+    settings |= {f"pooling_mode_{name}": name == "lasttoken" for name in legacy}
+    (inner / "1_Pooling").mkdir()
+    _write_json(inner / "1_Pooling" / "config.json", {**settings, "include_prompt": True})
+    return {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+
+
+def _save_module(module: Any, index: int, inner: Path) -> dict[str, Any]:
+    """Save a module behind the pooling, under the name that Sentence Transformers of any version and engines know."""
+    name = type(module).__name__
+    if not type(module).__module__.startswith("sentence_transformers."):
+        raise ValueError(f'{name} is no module of Sentence Transformers\' own. Use format="gem".')
+    path = f"{index}_{name}"
+    (inner / path).mkdir()
+    module.save(str(inner / path))
+    return {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
+
+
+def _tokenizer_with_gem_token(gem: Any) -> PreTrainedTokenizerFast:
+    """The base's tokenizer with a post-processor that appends the GEM token, after truncation.
+
+    The token has an id only and no entry in the vocabulary, so that no text can spell it.
+
+    Raises:
+        ValueError: If it gives other ids than the model's own module.
+    """
+    original: Any = gem.tokenizer
+    backend = type(original.backend_tokenizer).from_str(original.backend_tokenizer.to_str())
+    (gem_token_id,) = gem.gem_token_ids
+    token = "<|gem|>"
+    template = processors.TemplateProcessing(
+        single=f"$A {token}", pair=f"$A $B {token}", special_tokens=[(token, gem_token_id)]
+    )
+    backend.post_processor = processors.Sequence([p for p in (backend.post_processor, template) if p is not None])
+    names = {key: getattr(original, key) for key in ("bos_token", "eos_token", "unk_token") if getattr(original, key)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=original.convert_ids_to_tokens(gem.pad_token_id),
+        padding_side="right",
+        truncation_side=original.truncation_side,
+        model_max_length=gem.max_seq_length,
+        **names,
+    )
+    for text in REFERENCE_TEXTS:
+        ids = tokenizer(text, truncation=True, max_length=gem.max_seq_length)["input_ids"]
+        expected = gem.preprocess([text])["input_ids"][0].tolist()
+        if ids != expected:
+            raise ValueError(
+                f"The GEM token cannot be appended by a post-processor of this tokenizer: {text!r:.40} gives {ids}, "
+                f'and should give {expected}. Use format="gem".'
+            )
+    return tokenizer
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Verify and info
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of :func:`verify`."""
+
+    name: str
+    passed: bool
+    finding: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found."""
+
+    source: str
+    checks: list[Check]
+
+    @property
+    def passed(self) -> bool:
+        """True if every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def __str__(self) -> str:
+        lines = [f"{'ok' if check.passed else 'FAILED':<8}{check.name:<14}{check.finding}" for check in self.checks]
+        return "\n".join([self.source, *lines])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def verify(
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+) -> Verification:
+    """Check that a checkpoint is whole, and gives the vectors and logits it gave when it was exported.
+
+    It is loaded in a process of its own in which gem_st cannot be imported, as a stranger loads it. A repository is
+    downloaded to the cache first.
+
+    Args:
+        path_or_repo: Folder or Hub id.
+        revision: Branch, tag or commit of a repository.
+        token: Hub token.
+        trust_remote_code: Run code that is not the installed gem_st's, too.
+        device: Where to load it.
+
+    Returns:
+        The checks: ``files`` (hashes), ``no pickles``, ``remote code``, ``card``, ``embeddings``, ``generator``.
+
+    Raises:
+        ValueError: If there is no GEM checkpoint.
+        OSError: If a repository cannot be downloaded.
+    """
+    with clear_errors(str(path_or_repo)):
+        is_folder = Path(path_or_repo).is_dir()
+        folder = Path(
+            path_or_repo if is_folder else snapshot_download(_check_id(path_or_repo), revision=revision, token=token)
+        )
+    names = _files(folder)
+    if "gem_config.json" not in names and REFERENCE_FILES[0] not in names:
+        raise ValueError(f"{path_or_repo} is not a GEM checkpoint: it has no gem_config.json. It has: {names[:20]}.")
+    reference = (
+        json.loads((folder / REFERENCE_FILES[0]).read_text(encoding="utf-8")) if REFERENCE_FILES[0] in names else {}
+    )
+    checks = [
+        _check_files(folder, names, reference),
+        _check_pickles(folder, names),
+        _check_code(folder, names, reference, trust_remote_code),
+        _check_card(folder),
+    ]
+    may_run = checks[2].passed
+    if reference and may_run:
+        checks += _check_running(folder, trust_remote_code="gem_st.py" in names, device=device)
+    else:
+        reason = (
+            "not run: its remote code is not trusted" if not may_run else "no gem_reference.json: see `gem-st export`"
+        )
+        checks += [Check(name, False, reason) for name in ("embeddings", "generator")]
+    return Verification(str(path_or_repo), checks)
+
+
+def _check_files(folder: Path, names: list[str], reference: dict[str, Any]) -> Check:
+    expected = reference.get("files", {})
+    wrong = [f"{name} is missing" for name in sorted(expected.keys() - set(names))]
+    wrong += [
+        f"{name} was changed" for name in sorted(expected.keys() & set(names)) if _hash(folder / name) != expected[name]
+    ]
+    wrong += [f"{name} was added" for name in names if name.endswith(".py") and name not in expected and expected]
+    if not reference:
+        wrong = ["no gem_reference.json, which `gem-st export` and `gem-st push` write"]
+    return Check("files", not wrong, "; ".join(wrong) or f"{len(expected)} files as exported")
+
+
+def _check_pickles(folder: Path, names: list[str]) -> Check:
+    found = [name for name in names if any(fnmatch(name.lower(), pattern) for pattern in PICKLES)]
+    for name in set(names) - set(found):
+        with open(folder / name, "rb") as file:
+            start = file.read(4)
+        if (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05") or start == b"PK\x03\x04":
+            found.append(name)
+    return Check(
+        "no pickles", not found, f"may hold code: {sorted(found)}" if found else f"{len(names)} files looked at"
+    )
+
+
+def _check_code(folder: Path, names: list[str], reference: dict[str, Any], trust_remote_code: bool) -> Check:
+    code = [name for name in names if name.endswith(".py")]
+    if reference.get("format") == "stock" and not code:
+        return Check("remote code", True, "none, none needed")
+    if code != ["gem_st.py"]:
+        return Check("remote code", False, f"gem_st.py and nothing else was expected, found {code}")
+    digest = _hash(folder / "gem_st.py")
+    named = json.loads((folder / "gem_config.json").read_text(encoding="utf-8")).get("remote_code_sha256")
+    if digest != named:
+        return Check("remote code", False, f"gem_st.py has SHA-256 {digest}, gem_config.json names {named}")
+    if digest == _hash(Path(modeling_gem.__file__)):
+        return Check("remote code", True, f"that of gem_st {__version__}, SHA-256 {digest[:16]}")
+    finding = f"not that of gem_st {__version__}, SHA-256 {digest}"
+    return Check("remote code", trust_remote_code, finding if trust_remote_code else f"{finding}. {_ADVICE}")
+
+
+_ADVICE = "Read gem_st.py, then pass trust_remote_code=True (--trust-remote-code) to run it"
+
+
+def _check_card(folder: Path) -> Check:
+    try:
+        card = ModelCard.load(folder / CARD)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return Check("card", False, f"README.md cannot be read: {error}".splitlines()[0])
+    data = card.data.to_dict()
+    expected = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    wrong = [f"{key} is {data.get(key)!r}, not {value!r}" for key, value in expected.items() if data.get(key) != value]
+    wrong += ["the tag gem is missing"] if "gem" not in data.get("tags", []) else []
+    code = folder / "gem_st.py"
+    if code.exists() and _hash(code) not in card.text:
+        wrong.append("it does not name the SHA-256 of gem_st.py")
+    licence = data.get("license") or "no licence named"
+    return Check("card", not wrong, "; ".join(wrong) or f"{licence}, {len(card.data.eval_results or [])} results")
+
+
+def _check_running(folder: Path, *, trust_remote_code: bool, device: str) -> list[Check]:
+    worker = Path(__file__).with_name("_worker.py")
+    code = f"import runpy, sys; sys.argv[0] = 'worker'; runpy.run_path({str(worker)!r}, run_name='__main__')"
+    with tempfile.TemporaryDirectory() as scratch:
+        results = Path(scratch) / "results.json"
+        arguments = [str(folder.resolve()), str(results), str(trust_remote_code), device]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=scratch, capture_output=True, text=True, check=False
+        )
+        if not results.exists():
+            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            return [Check(name, False, last[:300]) for name in ("embeddings", "generator")]
+        return [Check(name, *result) for name, result in json.loads(results.read_text(encoding="utf-8")).items()]
+
+
+def _fetch(path_or_repo: str | Path, name: str, revision: str | None, token: str | bool | None) -> Path | None:
+    """One file of a folder or a repository; None if it has none of that name."""
+    if Path(path_or_repo).is_dir():
+        path = Path(path_or_repo) / name
+        return path if path.exists() else None
+    try:
+        return Path(hf_hub_download(_check_id(path_or_repo), name, revision=revision, token=token))
+    except RemoteEntryNotFoundError:
+        return None
+
+
+def info(path_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
+    """Settings of a checkpoint, read from its small files only; no code of it runs.
+
+    Args:
+        path_or_repo: Folder or Hub id.
+        revision: Branch, tag or commit of a repository.
+        token: Hub token.
+
+    Returns:
+        ``mode``, ``num_gem_tokens``, ``embedding_dimension``, ``base_model`` and the like, by name.
+
+    Raises:
+        ValueError: If there is no GEM checkpoint.
+        OSError: If a repository cannot be reached.
+    """
+
+    def read(name: str) -> dict[str, Any]:
+        path = _fetch(path_or_repo, name, revision, token)
+        return json.loads(path.read_text(encoding="utf-8")) if path else {}
+
+    with clear_errors(str(path_or_repo)):
+        settings, reference = read("gem_config.json"), read(REFERENCE_FILES[0])
+        if not settings and not reference:
+            raise ValueError(f"{path_or_repo} is not a GEM checkpoint: it has no gem_config.json.")
+        config, model_config = read("config.json"), read("config_sentence_transformers.json")
+        stock = {} if settings else read(f"{STOCK_FOLDER}/sentence_bert_config.json")
+    width, num_gem_tokens = config.get("hidden_size"), settings.get("num_gem_tokens", 1)
+    factor = num_gem_tokens if settings.get("pooling") == "concat" else 1
+    mode = "stock" if not settings else "frozen" if settings.get("freeze_base") else "full"
+    return {
+        "source": str(path_or_repo),
+        "mode": mode if settings.get("save_base", True) else f"{mode}, adapter only",
+        "architecture": (config.get("architectures") or [None])[0],
+        "num_gem_tokens": num_gem_tokens,
+        "pooling": settings.get("pooling", "lasttoken"),
+        "embedding_dimension": width * factor if width else None,
+        "max_seq_length": settings.get("max_seq_length", stock.get("max_seq_length")),
+        "gem_token_ids": settings.get("gem_token_ids") or reference.get("gem_token_ids"),
+        "base_model": settings.get("base_model_name_or_path"),
+        "base_model_revision": settings.get("base_model_revision"),
+        "prompts": model_config.get("prompts"),
+        "requirements": model_config.get("requirements"),
+        "remote_code_sha256": settings.get("remote_code_sha256"),
+        "has_reference": bool(reference),
+        "versions": reference.get("versions") or model_config.get("__version__"),
+    }
+
+
+def load(
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> SentenceTransformer:
+    """Load a checkpoint, running its code only if it is the installed gem_st's, or trusted.
+
+    Args:
+        path_or_repo: Folder or Hub id.
+        revision: Branch, tag or commit of a repository.
+        token: Hub token.
+        trust_remote_code: Run code that is not the installed gem_st's, too.
+        **kwargs: Passed to SentenceTransformer, e.g. ``device``.
+
+    Raises:
+        ValueError: If there is no GEM checkpoint, or its code is not trusted.
+        OSError: If a repository cannot be reached.
+    """
+    with clear_errors(str(path_or_repo)):
+        code = _fetch(path_or_repo, "gem_st.py", revision, token)
+    if code is None:
+        raise ValueError(f"{path_or_repo} is not a GEM checkpoint: it has no gem_st.py.")
+    if not trust_remote_code and _hash(code) != _hash(Path(modeling_gem.__file__)):
+        raise ValueError(f"The code of {path_or_repo} is not that of gem_st {__version__}. {_ADVICE}.")
+    kwargs = {"revision": revision, "token": token, **kwargs}
+    return SentenceTransformer(str(path_or_repo), trust_remote_code=True, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Push
+
+
+def push(
+    model: SentenceTransformer | str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    exist_ok: bool = False,
+    replace_model_card: bool = False,
+    commit_message: str = "Add GEM checkpoint",
+    trust_remote_code: bool = False,
+) -> str:
+    """Export a checkpoint and upload it in one commit: the repository holds all of it, or what it held before.
+
+    Args:
+        model: The model, or the folder of a checkpoint; one that was exported is uploaded as it is.
+        repo_id: ``"org/name"``.
+        token: Hub token with write permission; the one of `hf auth login` by default.
+        private: Make a new repository private.
+        revision: Branch; made if there is none of that name.
+        create_pr: Open a pull request instead of committing.
+        exist_ok: Update a repository that holds files. Files of an older checkpoint that the new one lacks are
+            removed; all others stay.
+        replace_model_card: Replace a card that is there already.
+        commit_message: Title of the commit.
+        trust_remote_code: Run the code of a folder even if it is not the installed gem_st's.
+
+    Returns:
+        URL of the commit or of the pull request.
+
+    Raises:
+        ValueError: If the id is none, or the folder no GEM checkpoint.
+        PermissionError: If there is no token, or it may not write there.
+        FileExistsError: If the repository holds files and neither ``exist_ok`` nor ``create_pr`` is set.
+        ConnectionError: If the connection broke; nothing is committed then, and the push can be repeated.
+    """
+    _check_id(repo_id)
+    token = token or get_token()
+    if token is None:
+        raise PermissionError("There is no Hub token. Run `hf auth login`, set HF_TOKEN, or pass token=.")
+    with clear_errors(repo_id), tempfile.TemporaryDirectory() as scratch:
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        present = set(api.list_repo_files(repo_id, revision=revision))
+        if present - {".gitattributes", CARD} and not (exist_ok or create_pr):
+            raise FileExistsError(
+                f"{repo_id} holds files already. Pass exist_ok=True (--exist-ok) to update it, or create_pr=True "
+                "(--create-pr) to propose the change."
+            )
+        folder = _folder_to_push(model, Path(scratch) / "checkpoint", repo_id, trust_remote_code)
+        names = {name for name in _files(folder) if name != CARD or replace_model_card or CARD not in present}
+        operations: list[Any] = [_add(folder, name, repo_id) for name in sorted(names)]
+        stale = {name for name in present if any(fnmatch(name, pattern) for pattern in OWN_FILES)} - names
+        operations += [CommitOperationDelete(name) for name in sorted(stale)]
+        commit = api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )
+        return str(commit.pr_url if create_pr else commit.commit_url)
+
+
+def _folder_to_push(model: Any, scratch: Path, repo_id: str, trust_remote_code: bool) -> Path:
+    """A folder with an export: the one given, if it is one and nothing in it was changed, else a new one."""
+    if isinstance(model, str | Path):
+        folder = Path(model)
+        if not folder.is_dir():
+            raise ValueError(f"{model} is no folder. Push a model, or the folder of a checkpoint.")
+        if (folder / REFERENCE_FILES[0]).exists():
+            names = _files(folder)
+            reference = json.loads((folder / REFERENCE_FILES[0]).read_text(encoding="utf-8"))
+            for check in (_check_files(folder, names, reference), _check_pickles(folder, names)):
+                if not check.passed:
+                    raise ValueError(f"{folder} is not as it was exported: {check.finding}. Export it again.")
+            return folder
+        model = load(folder, trust_remote_code=trust_remote_code, device="cpu")
+    _gem_of(model)
+    model.model_card_data.set_model_id(repo_id)
+    return export(model, scratch)
+
+
+def _add(folder: Path, name: str, repo_id: str) -> CommitOperationAdd:
+    if name != CARD:
+        return CommitOperationAdd(name, folder / name)
+    text = (folder / name).read_text(encoding="utf-8").replace(MODEL_ID, repo_id)
+    return CommitOperationAdd(name, text.encode())
+
+
+def _check_id(repo_id: str | Path) -> str:
+    """Raise ValueError if this is no Hub id."""
+    text = str(repo_id)
+    if "/" not in text or text.count("/") > 1:
+        raise ValueError(f"{text!r} is neither a folder nor a Hub id of the form 'org/name'.")
+    validate_repo_id(text)
+    return text
+
+
+@contextmanager
+def clear_errors(name: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into one line that says what to do.
+
+    Args:
+        name: The repository.
+
+    Raises:
+        PermissionError: For 401 and 403.
+        FileNotFoundError: If there is no such repository or revision, or it cannot be reached offline.
+        ConnectionError: For a broken connection.
+        OSError: For what else the Hub refuses.
+    """
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{name} has no such revision: {_first_line(error)}") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"There is no repository {name} that this token can see. If it is private, log in with `hf auth login`."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(f"{name} is not in the cache and the Hub cannot be reached.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise PermissionError(f"The Hub does not accept the token: {_first_line(error)}") from error
+        if status == 403:
+            raise PermissionError(
+                f"The token may not write to {name}. Use one with write permission there: `hf auth login`."
+            ) from error
+        raise OSError(f"The Hub refused ({status}) for {name}: {_first_line(error)}") from error
+    except (TRANSPORT_ERROR, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # the client wraps those of an upload
+        if not isinstance(cause, TRANSPORT_ERROR):
+            raise
+        raise ConnectionError(
+            f"The connection to the Hub broke ({type(cause).__name__}); {name} is as it was. Try again."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
