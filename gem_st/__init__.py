@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .losses import GemLoss
+from .model_card import GemModelCardData
 from .modeling_gem import GemCache, GemMemory, GemTransformer, gem_attention_mask
 from .training import AlphaSchedule, TwoPhaseLearningRate
 
@@ -14,6 +15,7 @@ __all__ = [
     "GemCache",
     "GemLoss",
     "GemMemory",
+    "GemModelCardData",
     "GemTransformer",
     "TwoPhaseLearningRate",
     "__version__",

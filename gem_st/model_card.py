@@ -48,6 +48,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
     base_label: str = "before training"
     is_stock: bool = field(default=False, init=False)
     base_results: dict[Any, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    base_license: str | None = field(default=None, init=False)
     license_searched: bool = field(default=False, init=False)
     template_path: Path = field(default=TEMPLATE, init=False, repr=False)
 
@@ -87,7 +88,8 @@ class GemModelCardData(SentenceTransformerModelCardData):
         """Values that the template shows beside Sentence Transformers' own."""
         metadata = super().get_model_specific_metadata()
         if not self.license and not self.license_searched:
-            self.license, self.license_searched = find_license(_gem(self.model), self.local_files_only), True
+            self.license = self.base_license = find_license(_gem(self.model), self.local_files_only)
+            self.license_searched = True
         if not self.citations:
             self.set_losses([])
         return {**metadata, "license": self.license, "gem": self.describe()}
@@ -106,7 +108,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
             "mode": mode,
             "model_id": self.model_id or MODEL_ID,
             "folder": Path(gem.base_model_name_or_path or "unknown").name,
-            "license_inherited": bool(self.license) and self.license_searched,
+            "license_inherited": self.license == self.base_license,
             "architecture": type(gem.model).__name__,
             "num_parameters": gem.model.num_parameters(),
             "num_trained_parameters": gem.model.num_parameters() if mode == "full" else num_trained,

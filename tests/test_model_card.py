@@ -1,0 +1,196 @@
+"""Cards are rendered, compared with what is true of the model, and every code block in them runs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import EvalResult, ModelCard
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerModelCardData,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+from gem_st import AlphaSchedule, GemLoss, GemModelCardData, GemTransformer, gem_attention_mask
+from gem_st.evaluation import PerplexityEvaluator
+from gem_st.model_card import CITATION, draw_mask
+from gem_st.modeling_gem import gem_segments
+
+from .conftest import CORPUS
+
+
+def evaluators() -> list:
+    similarity = EmbeddingSimilarityEvaluator(
+        CORPUS[:4], CORPUS[4:], [0.1, 0.8, 0.4, 0.6], name="dev", main_similarity="cosine"
+    )
+    return [similarity, PerplexityEvaluator(CORPUS, name="village")]
+
+
+def train(model: SentenceTransformer, folder: Path, **loss) -> list[dict]:
+    """Train a little, with evaluations before and after; the metrics before."""
+    loss, measures = GemLoss(model, **loss), evaluators()
+    before = [evaluator(model) for evaluator in measures]
+    arguments = SentenceTransformerTrainingArguments(
+        str(folder),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_steps=3,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    data = Dataset.from_dict({"sentence": CORPUS})
+    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
+    for evaluator in measures:
+        evaluator(model)
+    return before
+
+
+def test_a_card_tells_what_was_done(make_model, tmp_path):
+    model = make_model(num_gem_tokens=2)
+    before = train(model, tmp_path / "run", alpha=AlphaSchedule(num_ntp_steps=1, final=0.6), plain_ratio=0.5)
+    model.save_pretrained(str(tmp_path / "model"))
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert (tmp_path / "run" / "checkpoint-3" / "README.md").exists()
+    for expected in (
+        "| mode | full |",
+        f"| GEM tokens (K) | 2, ids {model[0].gem_token_ids} (grown) |",
+        "| pooling | mean over the GEM tokens |",
+        f"SHA-256 `{model[0].get_config_dict()['remote_code_sha256']}`",
+        "8 rows, columns <code>sentence</code>; loss `GemLoss`",
+        '"plain_ratio": 0.5',
+        "AlphaSchedule(num_ntp_steps=1, final=0.6",
+        "- `learning_rate`: 0.01",
+        f"torch {torch.__version__}",
+        "CPU" if not torch.cuda.is_available() else "x ",
+        "the generator moved",
+        CITATION.strip(),
+        "@inproceedings{reimers-2019-sentence-bert",
+        draw_mask(2)[1],
+    ):
+        assert expected in card.text, expected
+    after = model.model_card_data.eval_results_dict
+    for metrics, (evaluator, result) in zip(before, after.items(), strict=True):
+        name = evaluator.primary_metric
+        assert f"| {name} | {metrics[name]:.4g} | {result[name]:.4g} |" in card.text
+    assert before[1]["village_perplexity"] != pytest.approx(result["village_perplexity"], rel=1e-3)
+
+
+def test_the_metadata_is_what_the_hub_reads(make_model, tmp_path):
+    model = make_model(freeze_base=True, lora_rank=4)
+    model[0].base_model_name_or_path, model[0].base_model_revision = "org/base", "abc123"
+    train(model, tmp_path / "run")
+    model.model_card_data.license = "llama3.2"
+    model.save_pretrained(str(tmp_path / "model"))
+    data = ModelCard.load(tmp_path / "model" / "README.md").data
+    assert data.library_name == "sentence-transformers"
+    assert data.pipeline_tag == "sentence-similarity"
+    assert {"sentence-transformers", "gem", "custom_code", "feature-extraction"} <= set(data.tags)
+    assert (data.base_model, data.base_model_relation, data.license) == ("org/base", "adapter", "llama3.2")
+    results = {result.metric_type: result for result in data.eval_results}
+    assert set(results) == {"pearson_cosine", "spearman_cosine", "perplexity"}
+    assert isinstance(results["perplexity"], EvalResult)
+    _, village = model.model_card_data.eval_results_dict.values()
+    assert results["perplexity"].metric_value == pytest.approx(village["village_perplexity"])
+    text = (tmp_path / "model" / "README.md").read_text()
+    assert "[org/base](https://huggingface.co/org/base), revision `abc123`" in text
+    assert "**untouched**" in text
+    assert "inherited from" not in text
+
+
+def test_the_licence_is_that_of_the_base(make_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(make_base(), base)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
+    model = SentenceTransformer(
+        modules=[GemTransformer(str(base))], device="cpu", model_card_data=GemModelCardData(model_name="Mine")
+    )
+    model.save_pretrained(str(tmp_path / "model"))
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert "`apache-2.0`, inherited from the base model" in card.text
+    assert "# Mine" in card.text
+    assert str(tmp_path) not in card.text
+    assert "Not evaluated yet." in card.text
+
+
+def test_what_another_model_scores_stands_beside(make_model, tmp_path):
+    model = make_model()
+    GemLoss(model)
+    evaluator = evaluators()[0]
+    evaluator(model)
+    assert model.model_card_data.compare() == []  # evaluated once, and not trained
+    model.model_card_data.base_label = "base, mean pooling"
+    model.model_card_data.set_base_metrics(evaluator, {"dev_spearman_cosine": 0.125})
+    model.save_pretrained(str(tmp_path))
+    text = (tmp_path / "README.md").read_text()
+    assert "| | base, mean pooling | this model |" in text
+    assert "| dev_spearman_cosine | 0.125 | " in text
+
+
+def test_a_card_of_the_owners_choice_is_kept(make_base):
+    class OwnCard(SentenceTransformerModelCardData):
+        pass
+
+    model = SentenceTransformer(modules=[GemTransformer(str(make_base()))], device="cpu", model_card_data=OwnCard())
+    GemLoss(model)
+    assert type(model.model_card_data) is OwnCard
+
+
+def test_settings_of_a_stock_card_are_kept(make_base):
+    card = SentenceTransformerModelCardData(license="mit", language="de", tags=["mine"])
+    model = SentenceTransformer(modules=[GemTransformer(str(make_base()))], device="cpu", model_card_data=card)
+    GemLoss(model)
+    new = model.model_card_data
+    assert isinstance(new, GemModelCardData)
+    assert (new.license, new.language, new.model) == ("mit", ["de"], model)
+    assert {"mine", "gem"} <= set(new.tags)
+
+
+@pytest.mark.parametrize("num_gem_tokens", [1, 2, 4])
+def test_the_mask_drawn_is_the_mask_used(make_base, num_gem_tokens):
+    letters, drawing = draw_mask(num_gem_tokens)
+    assert len(letters.split()) == num_gem_tokens
+    config = GemTransformer(str(make_base())).model.config
+    ids = torch.tensor([[0, 0, *range(1, num_gem_tokens + 1), 0, 0]])
+    real = torch.ones_like(ids)
+    segments = gem_segments(ids, real, list(range(1, num_gem_tokens + 1)))
+    mask = gem_attention_mask(config, segments, real, torch.float32)[0, 0].bool()
+    rows = [line.split()[1:] for line in drawing.splitlines()[1:]]
+    assert torch.equal(torch.tensor([[mark == "x" for mark in row] for row in rows]), mask)
+
+
+@pytest.mark.parametrize("kind", ["full", "frozen", "adapter_only", "concat"])
+def test_every_code_block_of_a_card_runs(make_base, tmp_path, kind, run_without_gem_st):
+    arguments = {
+        "full": {},
+        "frozen": {"freeze_base": True, "num_gem_tokens": 3},
+        "adapter_only": {"freeze_base": True},
+        "concat": {"num_gem_tokens": 2, "pooling": "concat"},
+    }[kind]
+    gem = GemTransformer(str(make_base()), **arguments)
+    gem.save_base = kind != "adapter_only"
+    model = SentenceTransformer(
+        modules=[gem, Normalize()], device="cpu", model_card_data=GemModelCardData(), prompts={"query": "find: "}
+    )
+    folder = tmp_path / "model"
+    model.model_card_data.set_model_id(str(folder))
+    model.save_pretrained(str(folder))
+    text = (folder / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == (3 if kind == "adapter_only" else 4)
+    assert '`query`: "find: "' in text
+    output = run_without_gem_st("\n".join(blocks))
+    width = 64 if kind == "concat" else 32
+    assert f"(2, {width})" in output
+    assert f"# (2, {width})" in text
