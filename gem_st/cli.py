@@ -83,6 +83,7 @@ def export(
     with _one_line_errors():
         from . import hub
 
+        hub.require_new(path)  # before a large model is loaded
         loaded: Any = hub.load(
             model,
             revision=revision,

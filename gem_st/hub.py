@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -128,11 +129,20 @@ def _gem_of(model: Any) -> Any:
     return gem
 
 
+def require_new(folder: Path) -> None:
+    """Make sure that nothing would be overwritten.
+
+    Raises:
+        FileExistsError: If there is a file of that name, or a folder with files.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty. Export to a new folder, or remove it first.")
+
+
 @contextmanager
 def _all_or_nothing(folder: Path) -> Iterator[Path]:
     """A folder beside the one wanted, which takes its name when all is written, and is removed when something fails."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty. Export to a new folder, or remove it first.")
+    require_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -454,7 +464,7 @@ _ADVICE = "Read gem_st.py, then pass trust_remote_code=True (--trust-remote-code
 def _check_card(folder: Path) -> Check:
     try:
         card = ModelCard.load(folder / CARD)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         return Check("card", False, f"README.md cannot be read: {error}".splitlines()[0])
     data = card.data.to_dict()
     expected = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}

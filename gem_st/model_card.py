@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from transformers.utils import cached_file, logging
@@ -163,7 +164,7 @@ def find_license(gem: Any, local_files_only: bool = False) -> str | None:
     try:
         path = cached_file(gem.base_model_name_or_path, "README.md", _raise_exceptions_for_missing_entries=False, **hub)
         return ModelCard.load(path).data.get("license") if path else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         logger.warning(
             f"The licence of {gem.base_model_name_or_path} was not found, so that the card has none: {error}"
         )

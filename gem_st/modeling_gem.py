@@ -664,11 +664,12 @@ class GemTransformer(InputModule):
         self.model = _load_causal_lm(
             base, {**(model_kwargs or {}), **base_kwargs}, {**(config_kwargs or {}), **base_kwargs}
         )
-        if self.base_model_revision is None:
-            self.base_model_revision = getattr(self.model.config, "_commit_hash", None)
-        self._base_folder = (
-            Path(str(cached_file(base, "config.json", **{**hub_kwargs, **base_kwargs}))).resolve().parent
-        )
+        # In the Hub's cache files are links: their names lie in one folder, what they point to in another.
+        config_path = Path(str(cached_file(base, "config.json", **{**hub_kwargs, **base_kwargs})))
+        self._base_folder = config_path.absolute().parent
+        commit = re.search(r"/snapshots/([0-9a-f]{40})/", config_path.as_posix())
+        if commit and self.base_model_revision is None and base == self.base_model_name_or_path:
+            self.base_model_revision = commit[1]
         self._fingerprint = fingerprint_base(self._base_folder, self.tokenizer)
         self._check_vocabulary(base, saved)
         self.max_seq_length = saved.get("max_seq_length") if max_seq_length is None else max_seq_length

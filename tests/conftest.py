@@ -162,11 +162,12 @@ def run_without_gem_st(tmp_path: Path) -> Callable[..., str]:
     site.mkdir()
     (site / "sitecustomize.py").write_text("import sys\nsys.modules['gem_st'] = None\n")
 
-    def run(code: str, *args: object) -> str:
+    def run(code: str, *args: object, env: dict[str, str] | None = None) -> str:
         script = tmp_path / "script.py"
         body = textwrap.indent(textwrap.dedent(code), "    ")
         script.write_text(f"import sys\n\nif __name__ == '__main__':\n{body}")
-        env = {**os.environ, "PYTHONPATH": str(site), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+        env = env or {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+        env = {**env, "PYTHONPATH": str(site)}
         done = subprocess.run(
             [sys.executable, str(script), *map(str, args)], env=env, cwd=tmp_path, capture_output=True, text=True
         )
