@@ -12,8 +12,10 @@ Engines need packages that exclude each other, hence a virtual environment each,
     pip install "sentence-transformers>=6" llama-cpp-python gguf sentencepiece
 
 Without --engine, all run whose packages are there. Exit status 1 if an engine's smallest cosine is below its bound.
-Beside the export CHECKPOINT lie CHECKPOINT.json, the reference, and what the engines load: CHECKPOINT-onnx/,
-CHECKPOINT-openvino/ and CHECKPOINT-f32.gguf. Remove them when the export has changed.
+The run that finds no reference writes it: let that be one where gem_st is, also for a --checkpoint of your own, as an
+older transformers may misread an export for all engines alike. Beside the export CHECKPOINT lie CHECKPOINT.json, the
+reference, and what the engines load: CHECKPOINT-onnx/, CHECKPOINT-openvino/ and CHECKPOINT-f32.gguf. Remove all of them
+when the export has changed.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ import torch
 import transformers
 from datasets import load_dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
@@ -34,8 +35,9 @@ from sentence_transformers.sentence_transformer.evaluation import (
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import set_seed
 
-from gem_st import AlphaSchedule, GemLoss, GemTransformer
-from gem_st.evaluation import perplexity
+from gem_st import AlphaSchedule, GemLoss, GemModelCardData, GemTransformer
+from gem_st.evaluation import PerplexityEvaluator, perplexity
+from gem_st.model_card import describe_hardware
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -59,7 +61,8 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def build_evaluators() -> dict[str, EmbeddingSimilarityEvaluator | InformationRetrievalEvaluator]:
+def build_evaluators() -> dict[str, BaseEvaluator]:
+    """Measures of both sides; the last, of the generator, is for GEM models only."""
     with open(DATA / "similarity.tsv", encoding="utf-8", newline="") as file:
         pairs = list(csv.DictReader(file, delimiter="\t"))
     passages, queries = read_jsonl(DATA / "passages.jsonl"), read_jsonl(DATA / "queries.jsonl")
@@ -69,18 +72,33 @@ def build_evaluators() -> dict[str, EmbeddingSimilarityEvaluator | InformationRe
             [pair["sentence2"] for pair in pairs],
             [float(pair["score"]) / 5 for pair in pairs],
             main_similarity="cosine",
+            name="demo-pairs",
         ),
         "retrieval (nDCG@10)": InformationRetrievalEvaluator(
             queries={query["id"]: query["text"] for query in queries},
             corpus={passage["id"]: passage["text"] for passage in passages},
             relevant_docs={query["id"]: set(query["relevant"]) for query in queries},
             main_score_function="cosine",
+            name="demo-passages",
         ),
+        PERPLEXITY: PerplexityEvaluator([passage["text"] for passage in passages], name="demo-passages"),
     }
 
 
-def evaluate(model: SentenceTransformer, evaluators: dict) -> dict[str, float]:
-    return {name: evaluator(model)[evaluator.primary_metric] for name, evaluator in evaluators.items()}
+def evaluate_base(
+    base: str, plain: GemTransformer, evaluators: dict[str, BaseEvaluator]
+) -> tuple[SentenceTransformer, dict]:
+    """The base with mean pooling, and all metrics of it; perplexity is that of its language-model head."""
+    backbone = Transformer(base, model_kwargs={"dtype": "float32"})
+    model = SentenceTransformer(modules=[backbone, Pooling(backbone.get_embedding_dimension(), "mean")])
+    metrics = {name: evaluator(model) for name, evaluator in evaluators.items() if name != PERPLEXITY}
+    texts = evaluators[PERPLEXITY].texts
+    metrics[PERPLEXITY] = {evaluators[PERPLEXITY].primary_metric: perplexity(plain.model, plain.tokenizer, texts)}
+    return model, metrics
+
+
+def main_scores(metrics: dict[str, dict], evaluators: dict[str, BaseEvaluator]) -> dict[str, float]:
+    return {name: metrics[name][evaluator.primary_metric] for name, evaluator in evaluators.items()}
 
 
 def build(args: argparse.Namespace, mode: str) -> SentenceTransformer:
@@ -91,7 +109,13 @@ def build(args: argparse.Namespace, mode: str) -> SentenceTransformer:
         max_seq_length=128,
         model_kwargs={"dtype": "float32"},
     )
-    return SentenceTransformer(modules=[gem])
+    card = GemModelCardData(
+        model_name=f"gem-{Path(args.base).name}",
+        language="en",
+        train_datasets=[{"name": f"{args.data.name}, sentences that the base model wrote"}],
+        base_label=BASE,
+    )
+    return SentenceTransformer(modules=[gem], model_card_data=card)
 
 
 def train(model: SentenceTransformer, args: argparse.Namespace, mode: str) -> list[dict]:
@@ -166,17 +190,16 @@ def main() -> None:
     set_seed(args.seed)
     transformers.utils.logging.disable_progress_bar()
     args.output.mkdir(parents=True, exist_ok=True)
-    evaluators, held_out = build_evaluators(), [row["text"] for row in read_jsonl(DATA / "passages.jsonl")]
-    backbone = Transformer(args.base, model_kwargs={"dtype": "float32"})
-    models = {BASE: SentenceTransformer(modules=[backbone, Pooling(backbone.get_embedding_dimension(), "mean")])}
-    columns = {BASE: evaluate(models[BASE], evaluators)}
+    evaluators = build_evaluators()
     plain = GemTransformer(args.base, freeze_base=True, model_kwargs={"dtype": "float32"})
-    columns[BASE][PERPLEXITY] = perplexity(plain.model, plain.tokenizer, held_out)
-    logs = {}
+    base, base_metrics = evaluate_base(args.base, plain, evaluators)
+    models, columns, logs = {BASE: base}, {BASE: main_scores(base_metrics, evaluators)}, {}
     for mode in ("full", "frozen"):
         model = build(args, mode)
+        for name, evaluator in evaluators.items():
+            model.model_card_data.set_base_metrics(evaluator, base_metrics[name])
         logs[mode] = train(model, args, mode)
-        scores = {**evaluate(model, evaluators), PERPLEXITY: perplexity(model[0].model, model[0].tokenizer, held_out)}
+        scores = main_scores({name: evaluator(model) for name, evaluator in evaluators.items()}, evaluators)
         if not all(math.isfinite(value) for value in scores.values()):
             raise SystemExit(f"Training diverged: {scores}. Lower the learning rate.")
         models[f"GEM, {mode}"], columns[f"GEM, {mode}"] = model, scores
@@ -197,7 +220,7 @@ def main() -> None:
             "python": platform.python_version(),
             **{module.__name__: module.__version__ for module in (sentence_transformers, torch, transformers)},
         },
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {plain.model.device}",
+        "hardware": describe_hardware(),
         "seconds": round(time.perf_counter() - start),
     }
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

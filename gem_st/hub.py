@@ -237,10 +237,12 @@ def _save_stock(model: SentenceTransformer, folder: Path) -> None:
     gem, inner = _gem_of(model), folder / STOCK_FOLDER
     gem.model.save_pretrained(folder)
     gem.save_tokenizer(str(folder))
+    _name_for_older_readers(gem, folder)
     inner.mkdir()
     for file in [folder / "config.json", *folder.glob("model*.safetensors*")]:
         _link(file, inner / file.name)
     _tokenizer_with_gem_token(gem).save_pretrained(inner)
+    _update_json(inner / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     settings = {"max_seq_length": gem.max_seq_length, "do_lower_case": False}
     _write_json(inner / "sentence_bert_config.json", settings)
     modules: list[Any] = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
@@ -258,6 +260,27 @@ def _save_stock(model: SentenceTransformer, folder: Path) -> None:
     card.is_stock, card.tags = True, [tag for tag in card.tags if tag != "custom_code"]
     text = ModelCard.from_template(card, template_path=str(card.template_path)).content
     (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _name_for_older_readers(gem: Any, folder: Path) -> None:
+    """Write, beside the names of transformers 5, those that transformers 4 and the engines on it read.
+
+    Without the rotary base under its old name they would use 10,000, and give wrong vectors without a word.
+    """
+    if _read_json(folder / "tokenizer_config.json")["tokenizer_class"] == "TokenizersBackend":
+        _update_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    rope = _read_json(folder / "config.json").get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        _update_json(folder / "config.json", rope_theta=rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        _update_json(folder / "config.json", rope_scaling=scaling)
+    if (gem._base_folder / "tokenizer.model").exists():  # which llama.cpp's converter reads
+        shutil.copyfile(gem._base_folder / "tokenizer.model", folder / "tokenizer.model")
+
+
+def _update_json(path: Path, **values: Any) -> None:
+    _write_json(path, {**_read_json(path), **values})
 
 
 def _save_pooling(gem: Any, inner: Path) -> dict[str, Any]:
@@ -323,6 +346,10 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -398,9 +425,7 @@ def verify(
     names = _files(folder)
     if "gem_config.json" not in names and REFERENCE_FILES[0] not in names:
         raise ValueError(f"{path_or_repo} is not a GEM checkpoint: it has no gem_config.json. It has: {names[:20]}.")
-    reference = (
-        json.loads((folder / REFERENCE_FILES[0]).read_text(encoding="utf-8")) if REFERENCE_FILES[0] in names else {}
-    )
+    reference = _read_json(folder / REFERENCE_FILES[0]) if REFERENCE_FILES[0] in names else {}
     checks = [
         _check_files(folder, names, reference),
         _check_pickles(folder, names),
@@ -449,7 +474,7 @@ def _check_code(folder: Path, names: list[str], reference: dict[str, Any], trust
     if code != ["gem_st.py"]:
         return Check("remote code", False, f"gem_st.py and nothing else was expected, found {code}")
     digest = _hash(folder / "gem_st.py")
-    named = json.loads((folder / "gem_config.json").read_text(encoding="utf-8")).get("remote_code_sha256")
+    named = _read_json(folder / "gem_config.json").get("remote_code_sha256")
     if digest != named:
         return Check("remote code", False, f"gem_st.py has SHA-256 {digest}, gem_config.json names {named}")
     if digest == _hash(Path(modeling_gem.__file__)):
@@ -489,7 +514,7 @@ def _check_running(folder: Path, *, trust_remote_code: bool, device: str) -> lis
         if not results.exists():
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             return [Check(name, False, last[:300]) for name in ("embeddings", "generator")]
-        return [Check(name, *result) for name, result in json.loads(results.read_text(encoding="utf-8")).items()]
+        return [Check(name, *result) for name, result in _read_json(results).items()]
 
 
 def _fetch(path_or_repo: str | Path, name: str, revision: str | None, token: str | bool | None) -> Path | None:
@@ -521,7 +546,7 @@ def info(path_or_repo: str | Path, *, revision: str | None = None, token: str | 
 
     def read(name: str) -> dict[str, Any]:
         path = _fetch(path_or_repo, name, revision, token)
-        return json.loads(path.read_text(encoding="utf-8")) if path else {}
+        return _read_json(path) if path else {}
 
     with clear_errors(str(path_or_repo)):
         settings, reference = read("gem_config.json"), read(REFERENCE_FILES[0])
@@ -657,7 +682,7 @@ def _folder_to_push(model: Any, scratch: Path, repo_id: str, trust_remote_code: 
             raise ValueError(f"{model} is no folder. Push a model, or the folder of a checkpoint.")
         if (folder / REFERENCE_FILES[0]).exists():
             names = _files(folder)
-            reference = json.loads((folder / REFERENCE_FILES[0]).read_text(encoding="utf-8"))
+            reference = _read_json(folder / REFERENCE_FILES[0])
             for check in (_check_files(folder, names, reference), _check_pickles(folder, names)):
                 if not check.passed:
                     raise ValueError(f"{folder} is not as it was exported: {check.finding}. Export it again.")

@@ -14,11 +14,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from gem_st import GemTransformer, hub
 from gem_st.cli import app
+
+from .conftest import SIZES, build_tokenizer
 
 TEXTS = ["It rained all day.", "", "\U0001f642 a letter", "She bought bread. " * 60, "two  spaces\n"]
 
@@ -266,6 +268,40 @@ def test_the_root_of_a_stock_export_is_a_clean_generator(make_base, tmp_path):
     weights = [folder / "model.safetensors", folder / "embedding" / "model.safetensors"]
     assert weights[0].samefile(weights[1])
     assert hub.verify(folder).passed
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 500_000.0},
+        {
+            **{"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0},
+            **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        },
+    ],
+    ids=["theta", "llama3"],
+)
+def test_older_readers_find_the_rotary_base(tmp_path, rope):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer), "rope_parameters": rope})
+    LlamaForCausalLM(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model = build(base)
+    folder = hub.export(model, tmp_path / "stock", format="stock")
+    for place in (folder, folder / "embedding"):
+        written = json.loads((place / "config.json").read_text())
+        assert written["rope_theta"] == 500_000.0
+        if rope["rope_type"] != "default":
+            assert written["rope_scaling"] == {key: value for key, value in rope.items() if key != "rope_theta"}
+        settings = json.loads((place / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert AutoConfig.from_pretrained(place).rope_parameters == model[0].model.config.rope_parameters
+    again = SentenceTransformer(str(folder), device="cpu")
+    np.testing.assert_allclose(again.encode(TEXTS), model.encode(TEXTS), atol=1e-5)
 
 
 def test_what_stock_modules_cannot_do_is_said(make_base, tmp_path):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,10 +25,11 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 
 from gem_st import AlphaSchedule, GemLoss, GemModelCardData, GemTransformer, gem_attention_mask
 from gem_st.evaluation import PerplexityEvaluator
-from gem_st.model_card import CITATION, draw_mask
+from gem_st.model_card import CITATION, MODEL_ID, draw_mask
 from gem_st.modeling_gem import gem_segments
 
-from .conftest import CORPUS
+from .conftest import CORPUS, ROOT
+from .hub_server import HubServer
 
 
 def evaluators() -> list:
@@ -194,3 +199,90 @@ def test_every_code_block_of_a_card_runs(make_base, tmp_path, kind, run_without_
     width = 64 if kind == "concat" else 32
     assert f"(2, {width})" in output
     assert f"# (2, {width})" in text
+
+
+# ---- the cards in model_cards
+
+
+def render_module():
+    spec = importlib.util.spec_from_file_location("render", ROOT / "model_cards" / "render.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RECIPES = render_module().render_recipes()
+DEMO_CARDS = [f"gem-base-8m-{mode}.md" for mode in ("full", "frozen")]
+
+
+def test_the_recipe_cards_are_what_the_template_gives():
+    assert len(RECIPES) == 6
+    for name, text in RECIPES.items():
+        assert (ROOT / "model_cards" / name).read_text(encoding="utf-8") == text, "run model_cards/render.py"
+    found = {path.name for path in (ROOT / "model_cards").glob("gem-*.md")}
+    assert found == {*RECIPES, *DEMO_CARDS}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *DEMO_CARDS])
+def test_the_metadata_of_each_card_is_valid(name):
+    card = ModelCard.load(ROOT / "model_cards" / name)
+    assert card.data.license
+    assert card.data.library_name == "sentence-transformers"
+    assert card.data.pipeline_tag == "sentence-similarity"
+    assert {"gem", "custom_code"} <= set(card.data.tags)
+    if name in RECIPES:
+        assert card.data.base_model.count("/") == 1
+        assert not card.data.eval_results  # nothing was run
+        assert "not yet run" in card.text.lower()
+    else:
+        assert len(card.data.eval_results) > 10
+
+
+def test_the_cards_of_the_demo_say_what_the_readme_says():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (similarity|retrieval|perplexity)[^|]*\|(.*)$", readme, flags=re.MULTILINE))
+    columns = {"full": 1, "frozen": 2}
+    for mode, column in columns.items():
+        text = (ROOT / "model_cards" / f"gem-base-8m-{mode}.md").read_text(encoding="utf-8")
+        for row, metric in (("similarity", "spearman_cosine"), ("retrieval", "ndcg@10"), ("perplexity", "perplexity")):
+            numbers = [float(re.search(r"[\d.]+", cell).group()) for cell in rows[row].split("|")[:3]]
+            before, after = re.search(rf"\| \S*{metric} \| (\S+) \| (\S+) \|", text).groups()
+            assert [float(before), float(after)] == pytest.approx([numbers[0], numbers[column]], abs=5e-4, rel=1e-3)
+
+
+def headings(text: str) -> list[str]:
+    return re.findall(r"^## .*", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", DEMO_CARDS)
+def test_the_cards_of_the_demo_are_of_this_template(name, make_model, tmp_path):
+    model = make_model(num_gem_tokens=4, freeze_base="frozen" in name)
+    train(model, tmp_path / "run")
+    model.save_pretrained(str(tmp_path / "model"))
+    fresh = (tmp_path / "model" / "README.md").read_text()
+    text = (ROOT / "model_cards" / name).read_text(encoding="utf-8")
+    assert headings(text) == headings(fresh)
+    for pattern in (r"```python\n.*?```", r"```text\n.*?```"):
+        blocks = re.findall(pattern, text, flags=re.DOTALL)
+        renamed = [block.replace("your-name/" + name[:-3], MODEL_ID).replace("256)", "32)") for block in blocks]
+        assert renamed == re.findall(pattern, fresh, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_every_code_block_of_a_recipe_runs(make_base, tmp_path):
+    """The blocks of all recipe cards come from one template; here they run on a small base and a server of our own."""
+    name = "gem-qwen3-0.6b"
+    text = RECIPES[f"{name}.md"].replace("Qwen/Qwen3-0.6B-Base", str(make_base("qwen3"))).replace(", bf16=True", "")
+    text = text.replace("max_steps=1000", "max_steps=2").replace("max_seq_length=512", "max_seq_length=128")
+    python, bash = (re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL) for kind in ("python", "bash"))
+    (tmp_path / "wiki.txt").write_text("\n".join(CORPUS))
+    (tmp_path / "blocks.py").write_text("\n".join(python))
+    (tmp_path / "blocks.sh").write_text("\n".join(bash))
+    with HubServer({"hf_writer": ("your-name", "write")}) as server:
+        env = server.env(tmp_path / "home", token="hf_writer")
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+        for command in ([sys.executable, "blocks.py"], ["bash", "-e", "blocks.sh"]):
+            done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert "gem_reference.json" in server.files("your-name/Qwen3-0.6B-GEM")
+    assert (tmp_path / f"{name}-adapter" / "gem_adapter").exists()
