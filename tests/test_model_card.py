@@ -247,7 +247,7 @@ def test_the_cards_of_the_demo_say_what_the_readme_says():
         for row, metric in (("similarity", "spearman_cosine"), ("retrieval", "ndcg@10"), ("perplexity", "perplexity")):
             numbers = [float(re.search(r"[\d.]+", cell).group()) for cell in rows[row].split("|")[:3]]
             before, after = re.search(rf"\| \S*{metric} \| (\S+) \| (\S+) \|", text).groups()
-            assert [float(before), float(after)] == pytest.approx([numbers[0], numbers[column]], abs=5e-4, rel=1e-3)
+            assert [float(before), float(after)] == pytest.approx([numbers[0], numbers[column]], abs=6e-4, rel=1e-3)
 
 
 def headings(text: str) -> list[str]:
