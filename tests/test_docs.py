@@ -48,8 +48,18 @@ def test_the_commands_and_targets_of_the_readme_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = set(re.findall(r"(?:^|`|BASE=\S+ )make ([a-z-]+)", README, flags=re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
-    for path in re.findall(r"\]\(((?:docs|examples|benchmarks)[^)#]*)\)", README):
+    for path in re.findall(r"\]\(((?:docs|examples|benchmarks|model_cards)[^)#]*)\)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_tests_that_docs_name_exist():
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    for document in ("hub.md", "serving.md"):
+        text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+        names = set(re.findall(r"`(test_\w+)`", text))
+        assert names
+        for name in names:
+            assert any(f"def {name}(" in source for source in sources.values()), name
 
 
 def test_the_matrix_of_the_readme_is_that_of_the_docstring():

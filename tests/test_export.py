@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from gem_st import GemTransformer, hub
 from gem_st.cli import app
 
-from .conftest import SIZES, build_tokenizer
+from .conftest import ROOT, SIZES, build_tokenizer
 
 TEXTS = ["It rained all day.", "", "\U0001f642 a letter", "She bought bread. " * 60, "two  spaces\n"]
 
@@ -399,3 +400,23 @@ def test_bad_input_gets_one_line_and_a_status(exported, tmp_path, monkeypatch, a
         assert error.startswith("gem-st: ")
     assert message in " ".join(error.split())
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("num_gem_tokens", [2, 5])
+def test_requests_of_one_token_each(make_base, tmp_path, architecture, num_gem_tokens):
+    """What docs/serving.md says of K > 1, as it stands there, with a bare backbone as the engine."""
+    model = build(make_base(architecture), num_gem_tokens=num_gem_tokens)
+    model.save_pretrained(str(tmp_path / "model"))
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "embed_by_requests" in b)
+    backbone = AutoModel.from_pretrained(tmp_path / "model")
+
+    @torch.no_grad()
+    def last_token_embeddings(requests: list[list[int]]) -> np.ndarray:
+        return np.stack([backbone(torch.tensor([ids])).last_hidden_state[0, -1] for ids in requests])
+
+    names = {"SentenceTransformer": SentenceTransformer, "last_token_embeddings": last_token_embeddings}
+    exec(block.replace('"model"', repr(str(tmp_path / "model"))), names)
+    for text in TEXTS[:3]:
+        np.testing.assert_allclose(names["embed_by_requests"](text), model.encode(text), atol=1e-5)
