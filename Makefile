@@ -43,7 +43,7 @@ test-floor: ## Run all tests on the oldest supported Sentence Transformers and t
 	.venv-floor/bin/python -m pytest
 
 # Engines need packages that exclude each other, hence an environment each; llama-cpp-python is compiled.
-test-engines: setup ## Serve a stock export with ONNX Runtime, OpenVINO and llama.cpp and compare vectors (half an hour)
+test-engines: setup ## Serve a stock export with ONNX Runtime, OpenVINO and llama.cpp and compare vectors (10 minutes)
 	rm -rf runs/engines
 	$(BIN)/python benchmarks/engines.py --engine torch
 	$(PYTHON) -m venv .venv-onnx

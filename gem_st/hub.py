@@ -14,10 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,9 @@ TRANSPORT_ERROR: Any = HfHubHTTPError.__bases__[0]
 """httpx's own; the package's name differs between versions of the Hub's client."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.msgpack", "*.h5")
+HARMLESS = ("*.md", "*.png", "*.jpg", "*.svg", "*.gguf", "LICENSE*", "NOTICE*", "onnx/*", "openvino/*")
+"""Files that may be added to a checkpoint: nothing that loads one by its id reads them unasked."""
+
 OWN_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*"),
     *("gem_*", "modules.json", "config_sentence_transformers.json", "chat_template*", "[0-9]_*/*", "embedding/*"),
@@ -449,7 +453,9 @@ def _check_files(folder: Path, names: list[str], reference: dict[str, Any]) -> C
     wrong += [
         f"{name} was changed" for name in sorted(expected.keys() & set(names)) if _hash(folder / name) != expected[name]
     ]
-    wrong += [f"{name} was added" for name in names if name.endswith(".py") and name not in expected and expected]
+    own = {*expected, *REFERENCE_FILES}
+    added = [name for name in names if name not in own and not any(fnmatch(name, pattern) for pattern in HARMLESS)]
+    wrong += [f"{name} was added" for name in added]
     if not reference:
         wrong = ["no gem_reference.json, which `gem-st export` and `gem-st push` write"]
     return Check("files", not wrong, "; ".join(wrong) or f"{len(expected)} files as exported")
@@ -477,13 +483,40 @@ def _check_code(folder: Path, names: list[str], reference: dict[str, Any], trust
     named = _read_json(folder / "gem_config.json").get("remote_code_sha256")
     if digest != named:
         return Check("remote code", False, f"gem_st.py has SHA-256 {digest}, gem_config.json names {named}")
-    if digest == _hash(Path(modeling_gem.__file__)):
-        return Check("remote code", True, f"that of gem_st {__version__}, SHA-256 {digest[:16]}")
-    finding = f"not that of gem_st {__version__}, SHA-256 {digest}"
-    return Check("remote code", trust_remote_code, finding if trust_remote_code else f"{finding}. {_ADVICE}")
+    if foreign := _foreign_code(partial(_fetch, folder, revision=None, token=None)):
+        return Check("remote code", trust_remote_code, foreign if trust_remote_code else f"{foreign}. {_ADVICE}")
+    return Check("remote code", True, f"that of gem_st {__version__}, SHA-256 {digest[:16]}")
 
 
-_ADVICE = "Read gem_st.py, then pass trust_remote_code=True (--trust-remote-code) to run it"
+def _foreign_code(fetch: Callable[[str], Path | None]) -> str | None:
+    """What code a checkpoint would run that is not the installed gem_st's; None if there is none.
+
+    Args:
+        fetch: Gives the path of a file by its name.
+    """
+    code = fetch("gem_st.py")
+    if code is None or (digest := _hash(code)) != _hash(Path(modeling_gem.__file__)):
+        return "gem_st.py is missing" if code is None else f"not that of gem_st {__version__}, SHA-256 {digest}"
+
+    def read(name: str) -> Any:
+        path = fetch(name)
+        return _read_json(path) if path else {}
+
+    types = [module["type"] for module in read("modules.json") if module["type"] != "gem_st.GemTransformer"]
+    if foreign := [name for name in types if not name.startswith("sentence_transformers.")]:
+        return f"modules.json names {foreign}"
+    settings = read("gem_config.json")
+    configs = {name: read(name) for name in ("config.json", "tokenizer_config.json")}
+    if not settings.get("save_base", True):
+        base, revision = settings["base_model_name_or_path"], settings.get("base_model_revision")
+        for name in tuple(configs):
+            path = _fetch(base, name, revision=revision, token=None)
+            configs[f"{name} of {base}"] = _read_json(path) if path else {}
+    with_code = [name for name, config in configs.items() if "auto_map" in config]
+    return f"{' and '.join(with_code)} bring code of the base's own" if with_code else None
+
+
+_ADVICE = "Read it, then pass trust_remote_code=True (--trust-remote-code) to run it"
 
 
 def _check_card(folder: Path) -> Check:
@@ -599,10 +632,13 @@ def load(
     """
     with clear_errors(str(path_or_repo)):
         code = _fetch(path_or_repo, "gem_st.py", revision, token)
-    if code is None:
-        raise ValueError(f"{path_or_repo} is not a GEM checkpoint: it has no gem_st.py.")
-    if not trust_remote_code and _hash(code) != _hash(Path(modeling_gem.__file__)):
-        raise ValueError(f"The code of {path_or_repo} is not that of gem_st {__version__}. {_ADVICE}.")
+        if code is None:
+            raise ValueError(f"{path_or_repo} is not a GEM checkpoint: it has no gem_st.py.")
+        if code.parent.parent.name == "snapshots":
+            revision = code.parent.name  # what is looked at here is what is loaded below
+        foreign = _foreign_code(partial(_fetch, path_or_repo, revision=revision, token=token))
+    if foreign and not trust_remote_code:
+        raise ValueError(f"{path_or_repo} would run code that is not gem_st's: {foreign}. {_ADVICE}.")
     kwargs = {"revision": revision, "token": token, **kwargs}
     return SentenceTransformer(str(path_or_repo), trust_remote_code=True, **kwargs)
 

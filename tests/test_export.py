@@ -136,9 +136,44 @@ def test_code_of_another_version_runs_only_if_trusted(copy):
     rehash(copy)
     assert "pass trust_remote_code=True" in findings(copy)["remote code"]
     assert findings(copy, trust_remote_code=True) == {}
-    with pytest.raises(ValueError, match="is not that of gem_st"):
+    with pytest.raises(ValueError, match="would run code that is not gem_st's: not that of gem_st"):
         hub.load(copy)
     assert hub.load(copy, trust_remote_code=True).encode("a").shape == (32,)
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "modules.json"])
+def test_other_code_that_a_checkpoint_names_is_not_run(copy, name):
+    if name == "modules.json":
+        modules = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps([*modules, {"idx": 1, "name": "1", "path": "", "type": "other.Module"}]))
+    else:
+        change(copy / name, auto_map={"AutoConfig": "somebody/else--code.Config"})
+    rehash(copy)
+    assert name in findings(copy)["remote code"]
+    with pytest.raises(ValueError, match=f"would run code that is not gem_st's: {name}"):
+        hub.load(copy)
+
+
+def test_code_of_the_base_that_an_adapter_names_is_not_run(make_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(make_base(), base)
+    model = build(base, freeze_base=True)
+    model[0].save_base = False
+    folder = hub.export(model, tmp_path / "adapter")
+    change(base / "config.json", auto_map={"AutoModelForCausalLM": "code.Model"})
+    assert f"config.json of {base}" in findings(folder)["remote code"]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "vocab.txt", "more/config.json", "picture.png"])
+def test_files_that_were_added_are_told_apart(copy, name):
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("{}")
+    found = {check.name: check for check in hub.verify(copy).checks}["files"]
+    assert (found.passed, f"{name} was added" in found.finding) == ((True, False) if ".png" in name else (False, True))
 
 
 @pytest.mark.parametrize("name", ["training_args.bin", "weights.safetensors", "more.py", "gem_reference.json"])
