@@ -137,6 +137,38 @@ def test_a_push_by_sentence_transformers_opens_every_door(
     assert server.files("alice/copy")["gem_st.py"] == server.files("acme/gem")["gem_st.py"]
 
 
+def test_the_trainer_pushes(server, client, stranger, make_base, tmp_path):
+    code = """
+    import numpy as np
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from gem_st import GemLoss, GemTransformer
+    model = SentenceTransformer(modules=[GemTransformer(sys.argv[1])], device="cpu")
+    texts = ["It rained all day.", "", "She bought bread at the market."]
+    arguments = {"max_steps": 2, "per_device_train_batch_size": 3, "report_to": "none", "use_cpu": True}
+    arguments |= {"push_to_hub": True, "hub_model_id": "acme/trained", "save_steps": 1, "learning_rate": 0.01}
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments("out", **arguments),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        loss=GemLoss(model, alpha=0.5),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    np.save("trained.npy", model.encode(texts))
+    """
+    check(client(code, make_base()))
+    vectors, _ = stranger("acme/trained")
+    assert np.array_equal(vectors, np.load(tmp_path / "trained.npy"))
+    assert (
+        'SentenceTransformer("acme/trained", trust_remote_code=True)'
+        in server.files("acme/trained")["README.md"].decode()
+    )
+    done = client(PUSH, "acme/trained", "acme/trained", {})  # Sentence Transformers' own answer to a 409
+    assert "HfHubHTTPError: Client error '409 Conflict'" in done.stderr
+
+
 def test_without_trust_nothing_of_ours_runs(server, make_base, tmp_path, run_without_gem_st, client):
     model = build(make_base())
     model.save_pretrained(str(tmp_path / "model"))
