@@ -46,6 +46,11 @@ EXAMPLES = Path(__file__).resolve().parent
 DATA = EXAMPLES / "data"
 PROMPT = "The old man opened the door and"
 PARAGRAPH = {"max_new_tokens": 60, "do_sample": False, "repetition_penalty": 1.3}
+SENTENCES = [
+    *("A dog runs across the field.", "The puppy chases a ball on the grass.", "Our dog likes to play outside."),
+    *("Bake the bread for forty minutes.", "The loaf is ready when it sounds hollow.", "Knead the dough well."),
+    *("The train to the city is late.", "We waited an hour at the station.", "The railway line is closed today."),
+]
 BASE, PERPLEXITY = "base, mean pooling", "perplexity of held-out text"
 FRESH_PROCESS = """
 import json
@@ -115,6 +120,7 @@ def build(args: argparse.Namespace, mode: str) -> SentenceTransformer:
         train_datasets=[{"name": f"{args.data.name}, sentences that the base model wrote"}],
         base_label=BASE,
     )
+    card.widget = [{"source_sentence": SENTENCES[0], "sentences": SENTENCES[1:5]}]
     return SentenceTransformer(modules=[gem], model_card_data=card)
 
 
@@ -143,11 +149,6 @@ def train(model: SentenceTransformer, args: argparse.Namespace, mode: str) -> li
 
 def draw_report(logs: dict[str, list[dict]], models: dict[str, SentenceTransformer], path: Path) -> None:
     """Loss curves, and the similarity of three groups of sentences by each model."""
-    sentences = [
-        *("A dog runs across the field.", "The puppy chases a ball on the grass.", "Our dog likes to play outside."),
-        *("Bake the bread for forty minutes.", "The loaf is ready when it sounds hollow.", "Knead the dough well."),
-        *("The train to the city is late.", "We waited an hour at the station.", "The railway line is closed today."),
-    ]
     figure, axes = plt.subplots(1, 1 + len(models), figsize=(19, 4.6), layout="constrained")
     for mode, log in logs.items():
         steps = [entry for entry in log if "contrastive" in entry]
@@ -158,10 +159,10 @@ def draw_report(logs: dict[str, list[dict]], models: dict[str, SentenceTransform
     axes[0].set(title="Training", xlabel="step", ylabel="loss (nats)", ylim=(0, None))
     axes[0].legend(loc="upper right")
     for axis, (name, model) in zip(axes[1:], models.items(), strict=True):
-        vectors = model.encode(sentences, convert_to_tensor=True, normalize_embeddings=True).float()
+        vectors = model.encode(SENTENCES, convert_to_tensor=True, normalize_embeddings=True).float()
         image = axis.imshow((vectors @ vectors.T).cpu(), vmin=0, vmax=1, cmap="viridis")
         axis.set(title=f"{name}: cosines", xticks=[], yticks=range(9))
-        axis.set_yticklabels(sentences if axis is axes[1] else [], fontsize=8)
+        axis.set_yticklabels(SENTENCES if axis is axes[1] else [], fontsize=8)
     figure.colorbar(image, ax=axes[1:], shrink=0.9)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -19,6 +19,10 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
+class CheckError(Exception):
+    """What a check found wrong."""
+
+
 def relative_error(result: Tensor, expected: Tensor) -> float:
     """Largest distance of a row from what was expected, as a share of its length. Shape: ``(..., D)`` each"""
     distances = (result.float().cpu() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-9)
@@ -26,12 +30,12 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 
 
 def check_embeddings(folder: str, reference: dict[str, Any], stored: dict[str, Tensor], **kwargs: Any) -> str:
-    """Encode the reference texts; returns a finding, or raises ValueError with one."""
+    """Encode the reference texts; returns a finding, or raises CheckError with one."""
     model = SentenceTransformer(folder, **kwargs)
     error = relative_error(model.encode(reference["texts"], convert_to_tensor=True), stored["embeddings"])
     finding = f"{len(reference['texts'])} texts, relative error {error:.1e}, {reference['tolerance']:g} allowed"
     if not error <= reference["tolerance"]:
-        raise ValueError(finding)
+        raise CheckError(finding)
     return finding
 
 
@@ -42,17 +46,17 @@ def check_generator(folder: str, reference: dict[str, Any], stored: dict[str, Te
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=reference["dtype"], output_loading_info=True)
         (model, info), tokenizer, source = loaded, AutoTokenizer.from_pretrained(folder), "AutoModelForCausalLM"
         if missing := [name for key in ("missing_keys", "mismatched_keys") for name in info[key]]:
-            raise ValueError(f"weights are missing or of another shape: {missing}")
+            raise CheckError(f"weights are missing or of another shape: {missing}")
     else:
         gem: Any = SentenceTransformer(folder, **kwargs)[0]
         model, tokenizer, source = gem.model, gem.tokenizer, "the base it names"
     ids = tokenizer(reference["prompt"], return_tensors="pt")["input_ids"].to(model.device)
     error = relative_error(model(ids).logits[0, -1], stored["logits"])
     if not error <= reference["tolerance"]:
-        raise ValueError(f"logits of {source}: relative error {error:.1e}, {reference['tolerance']:g} allowed")
+        raise CheckError(f"logits of {source}: relative error {error:.1e}, {reference['tolerance']:g} allowed")
     new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     if gem_tokens := sorted({*new.tolist()} & {*reference["gem_token_ids"]}):
-        raise ValueError(f"it generates GEM tokens: {gem_tokens}")
+        raise CheckError(f"it generates GEM tokens: {gem_tokens}")
     return f"{source}: relative error of logits {error:.1e}; writes {tokenizer.decode(new)!r:.60}"
 
 
@@ -69,6 +73,8 @@ def main(folder: str, results_path: str, trust_remote_code: str, device: str) ->
     for name, check in (("embeddings", check_embeddings), ("generator", check_generator)):
         try:
             results[name] = True, check(folder, reference, stored, **kwargs)
+        except CheckError as error:
+            results[name] = False, str(error)
         except Exception as error:  # whatever a broken checkpoint raises is a finding
             results[name] = False, " ".join(f"{type(error).__name__}: {error}".split())[:300]
     Path(results_path).write_text(json.dumps(results), encoding="utf-8")

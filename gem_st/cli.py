@@ -153,7 +153,9 @@ def push(
             commit_message=message,
             trust_remote_code=trust_remote_code,
         )
-    _print({"url": url}, as_json, f"{url}\nCheck it: gem-st verify {repo_id}")
+    where = f"refs/pr/{url.rpartition('/')[2]}" if create_pr else revision
+    check = f"gem-st verify {repo_id}{f' --revision {where}' if where else ''}"
+    _print({"url": url}, as_json, f"{url}\nCheck it: {check}")
 
 
 @app.command()

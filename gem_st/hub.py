@@ -5,11 +5,8 @@ Nothing half-written is ever left: an export appears in its folder when it is wh
 
 from __future__ import annotations
 
-import copy
 import errno
 import hashlib
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +26,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelCard,
+    constants,
     get_token,
     hf_hub_download,
     snapshot_download,
@@ -44,20 +42,19 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers import __version__ as sentence_transformers_version
-from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
 from transformers import __version__ as transformers_version
+from transformers.utils import logging
 
 from . import modeling_gem
 from ._version import __version__
-from .model_card import MODEL_ID, use_gem_card
+from .model_card import MODEL_ID, card_facts, render_card
+from .stock import STOCK_FOLDER, check_stock, gem_of, read_json, save_stock, write_json
+
+logger = logging.get_logger(__name__)
 
 FORMATS = ("gem", "stock")
 REFERENCE_FILES = ("gem_reference.json", "gem_reference.safetensors")
 CARD = "README.md"
-STOCK_FOLDER = "embedding"
-"""Folder of a stock export in which a complete Sentence-Transformers checkpoint lies."""
-
 REFERENCE_TEXTS = [
     "",
     "A man is playing a guitar.",
@@ -71,10 +68,14 @@ REFERENCE_PROMPT = "Once upon a time there was"
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Relative error allowed between machines; 0.05 below float32."""
 
-TRANSPORT_ERROR: Any = HfHubHTTPError.__bases__[0]
+TRANSPORT_ERROR: Any = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 """httpx's own; the package's name differs between versions of the Hub's client."""
 
+ADVICE = "Read it, then pass trust_remote_code=True (--trust-remote-code) to run it"
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.msgpack", "*.h5")
+NO_REFERENCE = "no gem_reference.json, which `gem-st export` and `gem-st push` write"
+
 HARMLESS = ("*.md", "*.png", "*.jpg", "*.svg", "*.gguf", "LICENSE*", "NOTICE*", "onnx/*", "openvino/*")
 """Files that may be added to a checkpoint: nothing that loads one by its id reads them unasked."""
 
@@ -110,27 +111,17 @@ def export(model: SentenceTransformer, path: str | Path, *, format: str = "gem")
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}.")
-    gem = _gem_of(model)
+    gem = gem_of(model)
     if format == "stock":
-        _check_stock(model)
+        check_stock(model)
     with _all_or_nothing(Path(path)) as folder:
         if format == "stock":
-            _save_stock(model, folder)
+            save_stock(model, folder, REFERENCE_TEXTS)
         else:
-            use_gem_card(model)
-            model.save_pretrained(str(folder))
+            model.save_pretrained(str(folder), create_model_card=False)
+        (folder / CARD).write_text(render_card(model, is_stock=format == "stock"), encoding="utf-8")
         _write_reference(model, gem, folder, format)
     return Path(path)
-
-
-def _gem_of(model: Any) -> Any:
-    gem = model[0] if isinstance(model, torch.nn.Sequential) and len(model) else None
-    if not hasattr(gem, "gem_token_ids"):
-        raise ValueError(
-            f"A SentenceTransformer whose first module is a GemTransformer is needed, got {type(model).__name__} with "
-            f"{type(gem).__name__}. Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
-        )
-    return gem
 
 
 def require_new(folder: Path) -> None:
@@ -194,8 +185,7 @@ def _write_reference(model: SentenceTransformer, gem: Any, folder: Path, format:
         },
         "files": {name: _hash(folder / name) for name in _files(folder) if name not in (CARD, REFERENCE_FILES[0])},
     }
-    text = json.dumps(reference, indent=2, ensure_ascii=False) + "\n"
-    (folder / REFERENCE_FILES[0]).write_text(text, encoding="utf-8")
+    write_json(folder / REFERENCE_FILES[0], reference)
 
 
 def _files(folder: Path) -> list[str]:
@@ -213,154 +203,6 @@ def _hash(path: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Export to stock modules
-
-
-def _check_stock(model: SentenceTransformer) -> None:
-    """Say why a model cannot be made of Sentence Transformers' own modules."""
-    gem = _gem_of(model)
-    if gem.freeze_base:
-        raise ValueError(
-            "A frozen base cannot be exported to stock modules: its LoRA works on GEM tokens only, and no stock module "
-            'or serving engine can switch it on in the middle of a row. Use format="gem".'
-        )
-    if gem._has_lora:
-        raise ValueError("The model holds a LoRA. Merge it first: model[0].merge().")
-    if gem.num_gem_tokens > 1:
-        raise ValueError(
-            f"The model has {gem.num_gem_tokens} GEM tokens; stock modules can append one, and no attention mask keeps "
-            'two apart. Use format="gem", or train with num_gem_tokens=1. An engine that takes token ids can serve '
-            "it: the mean of K requests, one for each GEM token, equals the embedding (docs/serving.md)."
-        )
-    if not isinstance(gem.tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{type(gem.tokenizer).__name__} has no tokenizer.json that a GEM token could be appended in.")
-
-
-def _save_stock(model: SentenceTransformer, folder: Path) -> None:
-    """Write the generator at the root, and a Sentence-Transformers checkpoint that shares its weights beside it."""
-    gem, inner = _gem_of(model), folder / STOCK_FOLDER
-    gem.model.save_pretrained(folder)
-    gem.save_tokenizer(str(folder))
-    _name_for_older_readers(gem, folder)
-    inner.mkdir()
-    for file in [folder / "config.json", *folder.glob("model*.safetensors*")]:
-        _link(file, inner / file.name)
-    _tokenizer_with_gem_token(gem).save_pretrained(inner)
-    _update_json(inner / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    settings = {"max_seq_length": gem.max_seq_length, "do_lower_case": False}
-    _write_json(inner / "sentence_bert_config.json", settings)
-    modules: list[Any] = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
-    modules.append(_save_pooling(gem, inner))
-    for index, module in enumerate(list(model.children())[1:], start=2):
-        modules.append(_save_module(module, index, inner))
-    outer: Any = model
-    config = {**outer._get_model_config(), "requirements": {"sentence-transformers": ">=5.4"}}
-    for place, prefix in ((inner, ""), (folder, STOCK_FOLDER)):
-        prefixed = [{**module, "path": "/".join(filter(None, (prefix, module["path"])))} for module in modules]
-        _write_json(place / "modules.json", prefixed)
-        _write_json(place / "config_sentence_transformers.json", config)
-    use_gem_card(model)
-    card: Any = copy.copy(model.model_card_data)
-    card.is_stock, card.tags = True, [tag for tag in card.tags if tag != "custom_code"]
-    text = ModelCard.from_template(card, template_path=str(card.template_path)).content
-    (folder / CARD).write_text(text, encoding="utf-8")
-
-
-def _name_for_older_readers(gem: Any, folder: Path) -> None:
-    """Write, beside the names of transformers 5, those that transformers 4 and the engines on it read.
-
-    Without the rotary base under its old name they would use 10,000, and give wrong vectors without a word.
-    """
-    if _read_json(folder / "tokenizer_config.json")["tokenizer_class"] == "TokenizersBackend":
-        _update_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    rope = _read_json(folder / "config.json").get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        _update_json(folder / "config.json", rope_theta=rope["rope_theta"])
-    if rope.get("rope_type", "default") != "default":
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-        _update_json(folder / "config.json", rope_scaling=scaling)
-    if (gem._base_folder / "tokenizer.model").exists():  # which llama.cpp's converter reads
-        shutil.copyfile(gem._base_folder / "tokenizer.model", folder / "tokenizer.model")
-
-
-def _update_json(path: Path, **values: Any) -> None:
-    _write_json(path, {**_read_json(path), **values})
-
-
-def _save_pooling(gem: Any, inner: Path) -> dict[str, Any]:
-    """Last-token pooling in the schema of today, and in the one that text-embeddings-inference reads."""
-    legacy = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-    settings = {"embedding_dimension": gem.get_embedding_dimension(), "pooling_mode": "lasttoken"}
-    settings |= {f"pooling_mode_{name}": name == "lasttoken" for name in legacy}
-    (inner / "1_Pooling").mkdir()
-    _write_json(inner / "1_Pooling" / "config.json", {**settings, "include_prompt": True})
-    return {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
-
-
-def _save_module(module: Any, index: int, inner: Path) -> dict[str, Any]:
-    """Save a module behind the pooling, under the name that Sentence Transformers of any version and engines know."""
-    name = type(module).__name__
-    if not type(module).__module__.startswith("sentence_transformers."):
-        raise ValueError(f'{name} is no module of Sentence Transformers\' own. Use format="gem".')
-    path = f"{index}_{name}"
-    (inner / path).mkdir()
-    module.save(str(inner / path))
-    return {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
-
-
-def _tokenizer_with_gem_token(gem: Any) -> PreTrainedTokenizerFast:
-    """The base's tokenizer with a post-processor that appends the GEM token, after truncation.
-
-    The token has an id only and no entry in the vocabulary, so that no text can spell it.
-
-    Raises:
-        ValueError: If it gives other ids than the model's own module.
-    """
-    original: Any = gem.tokenizer
-    backend = type(original.backend_tokenizer).from_str(original.backend_tokenizer.to_str())
-    (gem_token_id,) = gem.gem_token_ids
-    token = "<|gem|>"
-    template = processors.TemplateProcessing(
-        single=f"$A {token}", pair=f"$A $B {token}", special_tokens=[(token, gem_token_id)]
-    )
-    backend.post_processor = processors.Sequence([p for p in (backend.post_processor, template) if p is not None])
-    names = {key: getattr(original, key) for key in ("bos_token", "eos_token", "unk_token") if getattr(original, key)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=original.convert_ids_to_tokens(gem.pad_token_id),
-        padding_side="right",
-        truncation_side=original.truncation_side,
-        model_max_length=gem.max_seq_length,
-        **names,
-    )
-    for text in REFERENCE_TEXTS:
-        ids = tokenizer(text, truncation=True, max_length=gem.max_seq_length)["input_ids"]
-        expected = gem.preprocess([text])["input_ids"][0].tolist()
-        if ids != expected:
-            raise ValueError(
-                f"The GEM token cannot be appended by a post-processor of this tokenizer: {text!r:.40} gives {ids}, "
-                f'and should give {expected}. Use format="gem".'
-            )
-    return tokenizer
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Verify and info
 
 
@@ -369,8 +211,12 @@ class Check:
     """One line of :func:`verify`."""
 
     name: str
-    passed: bool
+    passed: bool | None  # None: could not be checked
     finding: str
+
+    def __str__(self) -> str:
+        status = {True: "ok", False: "FAILED", None: "skipped"}[self.passed]
+        return f"{status:<8}{self.name:<14}{self.finding}"
 
 
 @dataclass(frozen=True)
@@ -386,8 +232,7 @@ class Verification:
         return all(check.passed for check in self.checks)
 
     def __str__(self) -> str:
-        lines = [f"{'ok' if check.passed else 'FAILED':<8}{check.name:<14}{check.finding}" for check in self.checks]
-        return "\n".join([self.source, *lines])
+        return "\n".join([self.source, *map(str, self.checks)])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -421,30 +266,39 @@ def verify(
         ValueError: If there is no GEM checkpoint.
         OSError: If a repository cannot be downloaded.
     """
-    with clear_errors(str(path_or_repo)):
-        is_folder = Path(path_or_repo).is_dir()
-        folder = Path(
-            path_or_repo if is_folder else snapshot_download(_check_id(path_or_repo), revision=revision, token=token)
-        )
+    folder, source = Path(path_or_repo), str(path_or_repo)
+    if not folder.is_dir():
+        folder, source = _download(_check_id(path_or_repo), revision, token)
     names = _files(folder)
     if "gem_config.json" not in names and REFERENCE_FILES[0] not in names:
-        raise ValueError(f"{path_or_repo} is not a GEM checkpoint: it has no gem_config.json. It has: {names[:20]}.")
-    reference = _read_json(folder / REFERENCE_FILES[0]) if REFERENCE_FILES[0] in names else {}
-    checks = [
-        _check_files(folder, names, reference),
-        _check_pickles(folder, names),
-        _check_code(folder, names, reference, trust_remote_code),
-        _check_card(folder),
-    ]
-    may_run = checks[2].passed
-    if reference and may_run:
+        raise ValueError(_not_gem(folder, path_or_repo))
+    reference = read_json(folder / REFERENCE_FILES[0]) if REFERENCE_FILES[0] in names else {}
+    code = _check_code(folder, names, reference, trust_remote_code)
+    checks = [_check_files(folder, names, reference), _check_pickles(folder, names), code, _check_card(folder)]
+    if reference and code.passed:
         checks += _check_running(folder, trust_remote_code="gem_st.py" in names, device=device)
     else:
-        reason = (
-            "not run: its remote code is not trusted" if not may_run else "no gem_reference.json: see `gem-st export`"
-        )
-        checks += [Check(name, False, reason) for name in ("embeddings", "generator")]
-    return Verification(str(path_or_repo), checks)
+        reason = "not run: see remote code" if reference else NO_REFERENCE
+        checks += [Check(name, None, reason) for name in ("embeddings", "generator")]
+    return Verification(source, checks)
+
+
+def _download(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, str]:
+    """A repository's files at one commit, and its name with the commit; the cache alone will do only when offline."""
+    with translate_hub_errors(repo_id):
+        if constants.HF_HUB_OFFLINE:
+            folder = Path(snapshot_download(repo_id, revision=revision))
+            return folder, f"{repo_id} at {folder.name[:12]}, from the cache"
+        commit = HfApi(token=token).model_info(repo_id, revision=revision).sha
+        folder = Path(snapshot_download(repo_id, revision=commit, token=token))
+        return folder, f"{repo_id} at {str(commit)[:12]}"
+
+
+def _not_gem(folder: Path, name: str | Path) -> str:
+    """Why a folder is not a GEM checkpoint."""
+    if (folder.parent / REFERENCE_FILES[0]).exists() and folder.name == STOCK_FOLDER:
+        return f"{name} is the inner half of a stock export. Give {folder.parent}."
+    return f"{name} is not a GEM checkpoint: it has no gem_config.json. It has: {_files(folder)[:20]}."
 
 
 def _check_files(folder: Path, names: list[str], reference: dict[str, Any]) -> Check:
@@ -457,7 +311,7 @@ def _check_files(folder: Path, names: list[str], reference: dict[str, Any]) -> C
     added = [name for name in names if name not in own and not any(fnmatch(name, pattern) for pattern in HARMLESS)]
     wrong += [f"{name} was added" for name in added]
     if not reference:
-        wrong = ["no gem_reference.json, which `gem-st export` and `gem-st push` write"]
+        return Check("files", None, NO_REFERENCE)
     return Check("files", not wrong, "; ".join(wrong) or f"{len(expected)} files as exported")
 
 
@@ -480,11 +334,11 @@ def _check_code(folder: Path, names: list[str], reference: dict[str, Any], trust
     if code != ["gem_st.py"]:
         return Check("remote code", False, f"gem_st.py and nothing else was expected, found {code}")
     digest = _hash(folder / "gem_st.py")
-    named = _read_json(folder / "gem_config.json").get("remote_code_sha256")
+    named = read_json(folder / "gem_config.json").get("remote_code_sha256")
     if digest != named:
         return Check("remote code", False, f"gem_st.py has SHA-256 {digest}, gem_config.json names {named}")
     if foreign := _foreign_code(partial(_fetch, folder, revision=None, token=None)):
-        return Check("remote code", trust_remote_code, foreign if trust_remote_code else f"{foreign}. {_ADVICE}")
+        return Check("remote code", trust_remote_code, foreign if trust_remote_code else f"{foreign}. {ADVICE}")
     return Check("remote code", True, f"that of gem_st {__version__}, SHA-256 {digest[:16]}")
 
 
@@ -500,7 +354,7 @@ def _foreign_code(fetch: Callable[[str], Path | None]) -> str | None:
 
     def read(name: str) -> Any:
         path = fetch(name)
-        return _read_json(path) if path else {}
+        return read_json(path) if path else {}
 
     types = [module["type"] for module in read("modules.json") if module["type"] != "gem_st.GemTransformer"]
     if foreign := [name for name in types if not name.startswith("sentence_transformers.")]:
@@ -511,12 +365,9 @@ def _foreign_code(fetch: Callable[[str], Path | None]) -> str | None:
         base, revision = settings["base_model_name_or_path"], settings.get("base_model_revision")
         for name in tuple(configs):
             path = _fetch(base, name, revision=revision, token=None)
-            configs[f"{name} of {base}"] = _read_json(path) if path else {}
+            configs[f"{name} of {base}"] = read_json(path) if path else {}
     with_code = [name for name, config in configs.items() if "auto_map" in config]
     return f"{' and '.join(with_code)} bring code of the base's own" if with_code else None
-
-
-_ADVICE = "Read it, then pass trust_remote_code=True (--trust-remote-code) to run it"
 
 
 def _check_card(folder: Path) -> Check:
@@ -531,6 +382,12 @@ def _check_card(folder: Path) -> Check:
     code = folder / "gem_st.py"
     if code.exists() and _hash(code) not in card.text:
         wrong.append("it does not name the SHA-256 of gem_st.py")
+    if code.exists():
+        settings, facts = read_json(folder / "gem_config.json"), card_facts(card.text)
+        mode = "frozen base" if settings.get("freeze_base") else "full"
+        wrong += [] if facts.get("mode", mode) in (mode, "LoRA on every token") else [f"it says mode {facts['mode']}"]
+        num_gem_tokens = facts.get("GEM tokens (K)", str(settings["num_gem_tokens"])).split(",")[0]
+        wrong += [] if num_gem_tokens == str(settings["num_gem_tokens"]) else [f"it says K = {num_gem_tokens}"]
     licence = data.get("license") or "no licence named"
     return Check("card", not wrong, "; ".join(wrong) or f"{licence}, {len(card.data.eval_results or [])} results")
 
@@ -547,7 +404,7 @@ def _check_running(folder: Path, *, trust_remote_code: bool, device: str) -> lis
         if not results.exists():
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             return [Check(name, False, last[:300]) for name in ("embeddings", "generator")]
-        return [Check(name, *result) for name, result in _read_json(results).items()]
+        return [Check(name, *result) for name, result in read_json(results).items()]
 
 
 def _fetch(path_or_repo: str | Path, name: str, revision: str | None, token: str | bool | None) -> Path | None:
@@ -579,9 +436,9 @@ def info(path_or_repo: str | Path, *, revision: str | None = None, token: str | 
 
     def read(name: str) -> dict[str, Any]:
         path = _fetch(path_or_repo, name, revision, token)
-        return _read_json(path) if path else {}
+        return read_json(path) if path else {}
 
-    with clear_errors(str(path_or_repo)):
+    with translate_hub_errors(str(path_or_repo)):
         settings, reference = read("gem_config.json"), read(REFERENCE_FILES[0])
         if not settings and not reference:
             raise ValueError(f"{path_or_repo} is not a GEM checkpoint: it has no gem_config.json.")
@@ -601,7 +458,7 @@ def info(path_or_repo: str | Path, *, revision: str | None = None, token: str | 
         "gem_token_ids": settings.get("gem_token_ids") or reference.get("gem_token_ids"),
         "base_model": settings.get("base_model_name_or_path"),
         "base_model_revision": settings.get("base_model_revision"),
-        "prompts": model_config.get("prompts"),
+        "prompts": {name: text for name, text in model_config.get("prompts", {}).items() if text},
         "requirements": model_config.get("requirements"),
         "remote_code_sha256": settings.get("remote_code_sha256"),
         "has_reference": bool(reference),
@@ -630,15 +487,15 @@ def load(
         ValueError: If there is no GEM checkpoint, or its code is not trusted.
         OSError: If a repository cannot be reached.
     """
-    with clear_errors(str(path_or_repo)):
+    with translate_hub_errors(str(path_or_repo)):
         code = _fetch(path_or_repo, "gem_st.py", revision, token)
         if code is None:
-            raise ValueError(f"{path_or_repo} is not a GEM checkpoint: it has no gem_st.py.")
+            raise ValueError(f"{path_or_repo} has no gem_st.py: it is not a GEM checkpoint, or one of stock modules.")
         if code.parent.parent.name == "snapshots":
             revision = code.parent.name  # what is looked at here is what is loaded below
         foreign = _foreign_code(partial(_fetch, path_or_repo, revision=revision, token=token))
     if foreign and not trust_remote_code:
-        raise ValueError(f"{path_or_repo} would run code that is not gem_st's: {foreign}. {_ADVICE}.")
+        raise ValueError(f"{path_or_repo} would run code that is not gem_st's: {foreign}. {ADVICE}.")
     kwargs = {"revision": revision, "token": token, **kwargs}
     return SentenceTransformer(str(path_or_repo), trust_remote_code=True, **kwargs)
 
@@ -667,8 +524,8 @@ def push(
         repo_id: ``"org/name"``.
         token: Hub token with write permission; the one of `hf auth login` by default.
         private: Make a new repository private.
-        revision: Branch; made if there is none of that name.
-        create_pr: Open a pull request instead of committing.
+        revision: Branch; made from main if there is none of that name.
+        create_pr: Open a pull request to main instead of committing.
         exist_ok: Update a repository that holds files. Files of an older checkpoint that the new one lacks are
             removed; all others stay.
         replace_model_card: Replace a card that is there already.
@@ -685,12 +542,19 @@ def push(
         ConnectionError: If the connection broke; nothing is committed then, and the push can be repeated.
     """
     _check_id(repo_id)
+    if create_pr and revision is not None:
+        raise ValueError("A pull request is made to main: leave out revision, or create_pr.")
     token = token or get_token()
     if token is None:
-        raise PermissionError("There is no Hub token. Run `hf auth login`, set HF_TOKEN, or pass token=.")
-    with clear_errors(repo_id), tempfile.TemporaryDirectory() as scratch:
+        raise PermissionError("There is no Hub token. Run `hf auth login`, set HF_TOKEN, or pass one.")
+    source = _check_source(model, trust_remote_code)  # before anything is made on the Hub
+    with translate_hub_errors(repo_id), tempfile.TemporaryDirectory() as scratch:
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private is not None and api.model_info(repo_id).private != private:
+            raise ValueError(
+                f"{repo_id} exists and is {'public' if private else 'private'}. Change that in its settings."
+            )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         present = set(api.list_repo_files(repo_id, revision=revision))
@@ -699,34 +563,48 @@ def push(
                 f"{repo_id} holds files already. Pass exist_ok=True (--exist-ok) to update it, or create_pr=True "
                 "(--create-pr) to propose the change."
             )
-        folder = _folder_to_push(model, Path(scratch) / "checkpoint", repo_id, trust_remote_code)
-        names = {name for name in _files(folder) if name != CARD or replace_model_card or CARD not in present}
-        operations: list[Any] = [_add(folder, name, repo_id) for name in sorted(names)]
-        stale = {name for name in present if any(fnmatch(name, pattern) for pattern in OWN_FILES)} - names
-        operations += [CommitOperationDelete(name) for name in sorted(stale)]
+        folder = source
+        if not isinstance(source, Path):
+            source.model_card_data.set_model_id(repo_id)
+            folder = export(source, Path(scratch) / "checkpoint")
+        operations = _list_operations(folder, present, repo_id, replace_model_card)
         commit = api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
         return str(commit.pr_url if create_pr else commit.commit_url)
 
 
-def _folder_to_push(model: Any, scratch: Path, repo_id: str, trust_remote_code: bool) -> Path:
-    """A folder with an export: the one given, if it is one and nothing in it was changed, else a new one."""
-    if isinstance(model, str | Path):
-        folder = Path(model)
-        if not folder.is_dir():
-            raise ValueError(f"{model} is no folder. Push a model, or the folder of a checkpoint.")
-        if (folder / REFERENCE_FILES[0]).exists():
-            names = _files(folder)
-            reference = _read_json(folder / REFERENCE_FILES[0])
-            for check in (_check_files(folder, names, reference), _check_pickles(folder, names)):
-                if not check.passed:
-                    raise ValueError(f"{folder} is not as it was exported: {check.finding}. Export it again.")
-            return folder
-        model = load(folder, trust_remote_code=trust_remote_code, device="cpu")
-    _gem_of(model)
-    model.model_card_data.set_model_id(repo_id)
-    return export(model, scratch)
+def _check_source(model: Any, trust_remote_code: bool) -> Any:
+    """The folder given, if it is an export in which nothing was changed; otherwise the model, loaded where needed."""
+    if not isinstance(model, str | Path):
+        gem_of(model)
+        return model
+    folder = Path(model)
+    if not folder.is_dir():
+        raise ValueError(f"{model} is no folder. Push the folder of a checkpoint.")
+    if not (folder / REFERENCE_FILES[0]).exists():
+        return load(folder, trust_remote_code=trust_remote_code, device="cpu")
+    names = _files(folder)
+    for check in (_check_files(folder, names, read_json(folder / REFERENCE_FILES[0])), _check_pickles(folder, names)):
+        if not check.passed:
+            raise ValueError(f"{folder} is not as it was exported: {check.finding}. Export it again.")
+    return folder
+
+
+def _list_operations(folder: Path, present: set[str], repo_id: str, replace_model_card: bool) -> list[Any]:
+    """Files of the export to be added, and those of an older GEM checkpoint in the repository to be removed."""
+    names = {*read_json(folder / REFERENCE_FILES[0])["files"], *REFERENCE_FILES}
+    if CARD not in present or replace_model_card:
+        names |= {CARD} & set(_files(folder))
+    else:
+        logger.warning(
+            f"The card of {repo_id} is kept; replace_model_card=True (--replace-model-card) writes a new one."
+        )
+    is_update = bool(present & {"gem_config.json", REFERENCE_FILES[0]})
+    stale = {name for name in present if is_update and any(fnmatch(name, pattern) for pattern in OWN_FILES)} - names
+    return [_add(folder, name, repo_id) for name in sorted(names)] + [
+        CommitOperationDelete(name) for name in sorted(stale)
+    ]
 
 
 def _add(folder: Path, name: str, repo_id: str) -> CommitOperationAdd:
@@ -746,7 +624,7 @@ def _check_id(repo_id: str | Path) -> str:
 
 
 @contextmanager
-def clear_errors(name: str) -> Iterator[None]:
+def translate_hub_errors(name: str) -> Iterator[None]:
     """Turn what the Hub's client raises into one line that says what to do.
 
     Args:
@@ -764,7 +642,8 @@ def clear_errors(name: str) -> Iterator[None]:
         raise FileNotFoundError(f"{name} has no such revision: {_first_line(error)}") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"There is no repository {name} that this token can see. If it is private, log in with `hf auth login`."
+            f"There is no folder {name}, and no repository of that name that this token can see: if it is private, log "
+            "in with `hf auth login`."
         ) from error
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(f"{name} is not in the cache and the Hub cannot be reached.") from error

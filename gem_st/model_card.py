@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import platform
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import yaml_dump
 from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from transformers.utils import cached_file, logging
 
@@ -23,6 +27,12 @@ MODEL_ID = SentenceTransformer._model_card_model_id_placeholder
 """What stands in a card for a name that is not known yet."""
 
 TAGS = ("gem", "custom_code", "text-generation")
+SOURCES = {
+    "padding": "unused rows of the embedding",
+    "reserved": "reserved tokens of the vocabulary",
+    "grown": "new rows of the embedding",
+    "adapter": "kept in the adapter",
+}
 CITATION = """
 @misc{gem2025,
     title = {GEM: Empowering LLM for both Embedding Generation and Language Understanding},
@@ -80,7 +90,9 @@ class GemModelCardData(SentenceTransformerModelCardData):
 
     def get_default_model_name(self) -> str:
         """Title of the card."""
-        return f"GEM on {self.base_model}" if self.base_model else "GEM model"
+        if self.base_model:
+            return f"GEM on {self.base_model}"
+        return self.model_id.rpartition("/")[2] if self.model_id else "GEM model"
 
     def run_usage_snippet(self) -> None:
         """Nothing: the usage in this card is the same for every model."""
@@ -105,6 +117,8 @@ class GemModelCardData(SentenceTransformerModelCardData):
         citations = {"GEM": CITATION, **{name: text for name, text in self.citations.items() if text != CITATION}}
         return {
             **gem.get_config_dict(),
+            "source": SOURCES[gem.gem_token_source],
+            "dtype": _other_dtype(gem, mode),
             "version": __version__,
             "mode": mode,
             "model_id": self.model_id or MODEL_ID,
@@ -158,6 +172,63 @@ def use_gem_card(model: SentenceTransformer) -> None:
     model.model_card_data = new
 
 
+def render_card(model: SentenceTransformer, *, is_stock: bool = False) -> str:
+    """The card of a model that is exported.
+
+    A model that was loaded and not trained since has a card. It is kept if it was written by this class and is still
+    true; otherwise a new one takes its evaluation, training and metadata over.
+
+    Args:
+        model: A GEM model.
+        is_stock: True for an export of stock modules.
+
+    Returns:
+        Text of README.md.
+    """
+    use_gem_card(model)
+    card: Any = copy.copy(model.model_card_data)
+    old_text = None if "generated_from_trainer" in card.tags else model._model_card_text
+    old = ModelCard(old_text, ignore_metadata_errors=True) if old_text else None
+    if old is not None:
+        values = {name: old.data.get(name) for name in ("license", "language", "base_model")}
+        vars(card).update(
+            {name: value for name, value in values.items() if isinstance(value, str) or name == "language"}
+        )
+    card.is_stock = is_stock
+    new = ModelCard.from_template(card, template_path=str(card.template_path))
+    if old is None:
+        return new.content
+    if card_facts(old.text) == card_facts(new.text):
+        return old.content.replace(MODEL_ID, card.model_id or MODEL_ID)
+    kept = {name: text for name, text in _sections(old.text).items() if name.split()[0] in ("Evaluation", "Training")}
+    text = re.sub(
+        r"^## (Evaluation|Training)\n.*?(?=^## )",
+        lambda match: kept.get(match[1]) or kept.get(f"{match[1]} Details") or match[0],
+        new.text,
+        flags=re.DOTALL | re.MULTILINE,
+    )
+    tags = [
+        tag for tag in dict.fromkeys([*new.data.tags, *(old.data.tags or [])]) if tag != "custom_code" or not is_stock
+    ]
+    data = {**old.data.to_dict(), **new.data.to_dict(), "tags": tags}
+    if "model-index" in old.data.to_dict():
+        data["model-index"] = old.data.to_dict()["model-index"]
+    return f"---\n{yaml_dump(data, sort_keys=False).strip()}\n---\n{text}"
+
+
+def card_facts(text: str) -> dict[str, str]:
+    """Rows of the table at the head of a card, by their first cell; empty for a card of another kind."""
+    table = re.search(r"^\| \| \|\n\|---\|---\|\n((?:\|.*\|\n)+)\n## Use$", text, flags=re.MULTILINE)
+    cells = (row.strip("| ").split(" | ", 1) for row in table[1].splitlines()) if table else ()
+    return {row[0]: row[-1] for row in cells if row[0] not in ("base model", "architecture")}
+
+
+def _sections(text: str) -> dict[str, str]:
+    """Text of each section of a card, its heading included, by the heading."""
+    parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)[1:]
+    return {part.splitlines()[0].removeprefix("## ").strip(): part for part in parts}
+
+
 def find_license(gem: Any, local_files_only: bool = False) -> str | None:
     """Licence in the card of a model's base, which lies in its folder or on the Hub; None if there is none."""
     hub = {"revision": gem.base_model_revision, "local_files_only": local_files_only}
@@ -191,6 +262,15 @@ def describe_hardware() -> str:
 
 def _gem(model: Any) -> Any:
     return model[0]
+
+
+def _other_dtype(gem: Any, mode: str) -> str | None:
+    """Data type of the model, if it is not the one that its base is loaded in by default."""
+    if mode == "full" or not (gem._base_folder / "config.json").exists():
+        return None
+    config = json.loads((gem._base_folder / "config.json").read_text(encoding="utf-8"))
+    dtype = str(gem.model.dtype).removeprefix("torch.")
+    return None if dtype == (config.get("dtype") or config.get("torch_dtype") or dtype) else dtype
 
 
 def _format(value: Any) -> str:

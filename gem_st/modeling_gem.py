@@ -1677,6 +1677,11 @@ class GemTransformer(InputModule):
             )
         folder = Path(output_path)
         is_adapter = self.freeze_base or self._has_lora
+        if is_adapter and not (self.freeze_base and self.save_base) and not self.base_model_name_or_path:
+            raise ValueError(
+                "An adapter is saved without its base, and has to name it: set model[0].base_model_name_or_path (and "
+                "base_model_revision) to the base's Hub id."
+            )
         if is_adapter:
             self._check_base_unchanged()
         self._remove_leftovers(folder)

@@ -46,7 +46,8 @@ def copy(exported, tmp_path) -> Path:
 
 def findings(path: Path, **kwargs) -> dict[str, str]:
     """Findings of the checks that failed, by name."""
-    return {check.name: check.finding for check in hub.verify(path, **kwargs).checks if not check.passed}
+    checks = hub.verify(path, **kwargs).checks
+    return {check.name: check.finding for check in checks if check.passed is False}
 
 
 def rehash(folder: Path) -> None:
@@ -121,7 +122,8 @@ def test_a_changed_remote_file_is_caught_and_not_run(copy, tmp_path):
     found = findings(copy)
     assert found["files"] == "gem_st.py was changed"
     assert "gem_config.json names" in found["remote code"]
-    assert found["embeddings"] == "not run: its remote code is not trusted"
+    assert "embeddings" not in found  # skipped
+    assert not hub.verify(copy).passed
     assert not (tmp_path / "ran").exists()
 
 
@@ -180,7 +182,10 @@ def test_files_that_were_added_are_told_apart(copy, name):
 def test_files_that_do_not_belong_are_caught(copy, name):
     if name == "gem_reference.json":
         (copy / name).unlink()
-        assert findings(copy).keys() == {"files", "embeddings", "generator"}
+        result = hub.verify(copy)
+        assert not result.passed
+        assert [check.name for check in result.checks if check.passed is None] == ["files", "embeddings", "generator"]
+        assert "skipped files         no gem_reference.json, which `gem-st export`" in str(result)
     elif name == "more.py":
         (copy / name).write_text("")
         assert {"files", "remote code"} <= findings(copy).keys()
@@ -200,6 +205,8 @@ def test_a_missing_file_is_caught(copy):
         ("library_name: sentence-transformers", "library_name: mine", "library_name is 'mine'"),
         ("\n- gem\n", "\n", "the tag gem is missing"),
         ("SHA-256 `", "SHA-256 `0", ""),
+        ("| mode | full |", "| mode | frozen base |", "it says mode frozen base"),
+        ("| GEM tokens (K) | 2,", "| GEM tokens (K) | 4,", "it says K = 4"),
         ("tags:", "tags: [", "cannot be read"),
     ],
 )
@@ -215,10 +222,16 @@ def test_a_card_with_wrong_metadata_is_caught(copy, old, new, expected):
 
 def test_what_is_no_checkpoint_is_refused(make_base, tmp_path):
     for function in (hub.verify, hub.info, hub.load):
-        with pytest.raises(ValueError, match="is not a GEM checkpoint"):
+        with pytest.raises(ValueError, match="not a GEM checkpoint"):
             function(make_base())
         with pytest.raises(ValueError, match="neither a folder nor a Hub id"):
             function("no such folder")
+    stock = hub.export(build(make_base()), tmp_path / "stock", format="stock")
+    with pytest.raises(ValueError, match="is the inner half of a stock export"):
+        hub.verify(stock / "embedding")
+    (stock / "gem_reference.json").write_text("{")
+    with pytest.raises(ValueError, match=r"gem_reference\.json is not valid JSON"):
+        hub.verify(stock)
 
 
 # ---- exports
@@ -244,6 +257,15 @@ def test_an_export_is_whole_or_absent(make_base, tmp_path, monkeypatch):
     monkeypatch.undo()
     folder.mkdir()  # an empty folder will do
     assert hub.verify(hub.export(model, folder)).passed
+
+
+def test_an_adapter_has_to_name_its_base(make_base, tmp_path):
+    hub.export(build(make_base(), freeze_base=True), tmp_path / "whole")
+    model = hub.load(tmp_path / "whole")
+    model[0].save_base = False
+    with pytest.raises(ValueError, match=r"set model\[0\]\.base_model_name_or_path"):
+        hub.export(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_model_that_is_not_gem_is_refused(make_base, tmp_path):

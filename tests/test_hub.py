@@ -205,14 +205,24 @@ def test_the_command_pushes_what_verifies(server, client, stranger, make_base, t
     done = client(cli("verify", repo_id), token=READER)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\nok ") == 6
+    assert done.stdout.startswith(f"{repo_id} at {server.commits(repo_id)[0].oid[:12]}\n")
     settings = json.loads(check(client(cli("info", repo_id, "--json"), token=READER)))
     assert settings["mode"] == kind
     done = client(cli("verify", repo_id), token=None, HF_HOME=str(tmp_path / "empty"))
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"gem-st: There is no repository {repo_id} that this token can see")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"gem-st: There is no folder {repo_id}, and no repository of that name"
+    )
     if kind != "stock":
         vectors, _ = stranger(repo_id, token=READER)
         assert np.array_equal(vectors, model.encode(TEXTS))
+
+    # what lies in the cache is not what lies on the Hub, unless that is asked for
+    del server.repos[repo_id]
+    assert client(cli("verify", repo_id), token=READER).returncode == 1
+    done = client(cli("verify", repo_id), token=READER, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", from the cache\n" in done.stdout
 
 
 def test_an_adapter_finds_its_base_at_its_revision(server, client, stranger, make_base, tmp_path):
@@ -296,8 +306,10 @@ def test_pull_requests(server, client, stranger, make_base, tmp_path):
     for name, one in (("model", model), ("changed", changed)):
         hub.export(one, tmp_path / name)
     check(client(cli("push", tmp_path / "model", "acme/reviewed")))
-    url = check(client(cli("push", tmp_path / "changed", "acme/reviewed", "--create-pr"))).split()[0]
-    assert re.search(r"acme/reviewed/discussions/1$", url)
+    output = check(client(cli("push", tmp_path / "changed", "acme/reviewed", "--create-pr")))
+    assert re.search(r"acme/reviewed/discussions/1\nCheck it: gem-st verify acme/reviewed --revision refs/pr/1", output)
+    done = client(cli("push", tmp_path / "changed", "acme/reviewed", "--create-pr", "--revision", "side"))
+    assert "gem-st: A pull request is made to main" in done.stderr
     url = check(client(PUSH, tmp_path / "changed", "acme/reviewed", {"create_pr": True})).split()[-1]
     assert url.endswith("/2")
     for revision, expected in (("", model), ("refs/pr/1", changed), ("refs/pr/2", changed)):
@@ -379,7 +391,7 @@ def test_what_the_hub_refuses_is_one_line(server, client, make_base, tmp_path):
     assert no_member[1].startswith("The token may not write to others/new")
     assert no_revision[0] == no_repo[0] == "FileNotFoundError"
     assert "no such revision" in no_revision[1]
-    assert no_repo[1].startswith("There is no repository acme/not-here")
+    assert no_repo[1].startswith("There is no folder acme/not-here, and no repository of that name")
     assert set(server.repos) == repos | {"acme/here"}
     done = client(cli("push", tmp_path / "model", "acme/new"), token=None)
     assert done.returncode == 1
@@ -389,13 +401,29 @@ def test_what_the_hub_refuses_is_one_line(server, client, make_base, tmp_path):
     assert "gem-st: The connection to the Hub broke (ConnectError); acme/new is as it was" in done.stderr
 
 
-def test_a_changed_folder_is_not_pushed(server, client, make_base, tmp_path):
+def test_what_cannot_be_pushed_makes_no_repository(server, client, make_base, tmp_path):
     folder = hub.export(build(make_base()), tmp_path / "model")
     (folder / "optimizer.pt").write_bytes(b"x")
-    for message in ("may hold code: .*optimizer.pt", "gem_config.json was changed"):
+    for message in ("optimizer.pt was added", "gem_config.json was changed"):
         done = client(cli("push", folder, "acme/changed"))
         assert done.returncode == 1
         assert re.search(rf"gem-st: .* is not as it was exported: .*{message}", done.stderr)
         (folder / "optimizer.pt").unlink(missing_ok=True)
         (folder / "gem_config.json").write_text("{}")
-    assert "model.safetensors" not in server.files("acme/changed")
+    for folder, message in (("no-such-folder", "is no folder"), (make_base(), "not a GEM checkpoint")):
+        done = client(cli("push", folder, "acme/changed"))
+        assert done.returncode == 1
+        assert message in done.stderr
+    assert "acme/changed" not in server.repos
+
+
+def test_a_push_takes_its_own_files_and_leaves_others(server, client, make_base, tmp_path):
+    folder = hub.export(build(make_base()), tmp_path / "model")
+    (folder / "notes.md").write_text("mine")
+    server.seed("acme/other", {"tokenizer.json": b"theirs", "embedding/a.txt": b"theirs"})
+    check(client(cli("push", folder, "acme/other", "--exist-ok")))
+    files = server.files("acme/other")
+    assert files["embedding/a.txt"] == b"theirs"  # there was no GEM checkpoint that it could have been part of
+    assert "notes.md" not in files
+    done = client(cli("push", folder, "acme/other", "--exist-ok", "--private"))
+    assert "gem-st: acme/other exists and is public" in done.stderr

@@ -22,8 +22,9 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from gem_st import AlphaSchedule, GemLoss, GemModelCardData, GemTransformer, gem_attention_mask
+from gem_st import AlphaSchedule, GemLoss, GemModelCardData, GemTransformer, gem_attention_mask, hub
 from gem_st.evaluation import PerplexityEvaluator
 from gem_st.model_card import CITATION, MODEL_ID, draw_mask
 from gem_st.modeling_gem import gem_segments
@@ -69,10 +70,10 @@ def test_a_card_tells_what_was_done(make_model, tmp_path):
     assert (tmp_path / "run" / "checkpoint-3" / "README.md").exists()
     for expected in (
         "| mode | full |",
-        f"| GEM tokens (K) | 2, ids {model[0].gem_token_ids} (grown) |",
+        f"| GEM tokens (K) | 2, ids {model[0].gem_token_ids} (new rows of the embedding) |",
         "| pooling | mean over the GEM tokens |",
         f"SHA-256 `{model[0].get_config_dict()['remote_code_sha256']}`",
-        "8 rows, columns <code>sentence</code>; loss `GemLoss`",
+        "8 rows, columns sentence; loss `GemLoss`",
         '"plain_ratio": 0.5',
         "AlphaSchedule(num_ntp_steps=1, final=0.6",
         "- `learning_rate`: 0.01",
@@ -160,6 +161,52 @@ def test_settings_of_a_stock_card_are_kept(make_base):
     assert isinstance(new, GemModelCardData)
     assert (new.license, new.language, new.model) == ("mit", ["de"], model)
     assert {"mine", "gem"} <= set(new.tags)
+
+
+def test_a_card_by_another_loss_is_written_anew_on_export(make_model, tmp_path):
+    model = make_model()
+    arguments = SentenceTransformerTrainingArguments(
+        str(tmp_path / "run"), max_steps=2, report_to="none", use_cpu=True, learning_rate=0.0123
+    )
+    data = Dataset.from_dict({"anchor": CORPUS[:4], "positive": CORPUS[4:]})
+    loss = MultipleNegativesRankingLoss(model)
+    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
+    model.save_pretrained(str(tmp_path / "model"))
+    assert "trust_remote_code" not in (tmp_path / "model" / "README.md").read_text()
+    loaded = hub.load(tmp_path / "model")
+    card = ModelCard.load(hub.export(loaded, tmp_path / "export") / "README.md")
+    assert "trust_remote_code=True" in card.text
+    assert {"gem", "loss:MultipleNegativesRankingLoss"} <= set(card.data.tags)
+    assert "`learning_rate`: 0.0123" in card.text
+    assert "MultipleNegativesRankingLoss" in card.text
+    assert headings(card.text)[:3] == ["## Use", "## Evaluation", "## Training Details"]
+
+
+def test_a_card_that_is_still_true_is_kept_and_one_that_is_not_gives_what_it_knows(make_base, tmp_path):
+    torch.manual_seed(0)
+    model = SentenceTransformer(modules=[GemTransformer(str(make_base()))], device="cpu")
+    GemLoss(model)
+    model.model_card_data.base_model = "org/base"
+    train(model, tmp_path / "run")
+    model.save_pretrained(str(tmp_path / "model"))
+    path = tmp_path / "model" / "README.md"
+    path.write_text(path.read_text().replace("## Limits", "Words of its owner.\n\n## Limits"))
+    loaded = hub.load(tmp_path / "model")
+    assert (hub.export(loaded, tmp_path / "same") / "README.md").read_text() == path.read_text()
+    old = ModelCard.load(path)
+    stock = ModelCard.load(hub.export(loaded, tmp_path / "stock", format="stock") / "README.md")
+    assert "| remote code | none |" in stock.text
+    assert "| pooling | last token" in stock.text
+    assert "trust_remote_code" not in stock.text
+    assert "custom_code" not in stock.data.tags
+    assert stock.data.base_model == "org/base"
+    assert "[org/base](https://huggingface.co/org/base)" in stock.text
+    for section in ("Evaluation", "Training"):
+        pattern = rf"^## {section}\n.*?(?=^## )"
+        texts = [re.search(pattern, card.text, flags=re.DOTALL | re.MULTILINE).group() for card in (old, stock)]
+        assert texts[0] == texts[1]
+    assert "village_perplexity" in stock.text
+    assert stock.data.eval_results == old.data.eval_results
 
 
 @pytest.mark.parametrize("num_gem_tokens", [1, 2, 4])
