@@ -16,6 +16,7 @@ from ._version import __version__
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_show_locals=False,  # they may hold a token
     context_settings={"help_option_names": ["-h", "--help"]},
     help="GEM for Sentence Transformers: one LLM that embeds text and keeps generating.",
 )
@@ -36,12 +37,18 @@ class Format(str, Enum):
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Print what the library raises on purpose as one line, and exit with status 1."""
+    """Print an error as one line, and exit with status 1."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
-        typer.secho(f"gem-st: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from error
+        message = str(error)
+        cause: Exception = error
+    except Exception as error:  # of a broken checkpoint, say
+        message, cause = f"{type(error).__name__}: {error}", error
+    else:
+        return
+    typer.secho(f"gem-st: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(1) from cause
 
 
 def _print(result: dict[str, Any], as_json: bool, text: str | None = None) -> None:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +35,7 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
@@ -39,6 +43,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers import __version__ as sentence_transformers_version
@@ -65,25 +70,36 @@ REFERENCE_TEXTS = [
     "Knead the dough well, let it rest for an hour, and bake it until the loaf sounds hollow. " * 12,
 ]
 REFERENCE_PROMPT = "Once upon a time there was"
-TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""Relative error allowed between machines; 0.05 below float32."""
-
 TRANSPORT_ERROR: Any = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 """httpx's own; the package's name differs between versions of the Hub's client."""
+
+PLAIN_MODULES = r"sentence_transformers\.[\w.]+\.(Normalize|Dense|LayerNorm|Dropout)"
+"""Modules that may stand behind a GEM module without trust: they load nothing but numbers."""
 
 ADVICE = "Read it, then pass trust_remote_code=True (--trust-remote-code) to run it"
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.msgpack", "*.h5")
 NO_REFERENCE = "no gem_reference.json, which `gem-st export` and `gem-st push` write"
 
-HARMLESS = ("*.md", "*.png", "*.jpg", "*.svg", "*.gguf", "LICENSE*", "NOTICE*", "onnx/*", "openvino/*")
-"""Files that may be added to a checkpoint: nothing that loads one by its id reads them unasked."""
-
-OWN_FILES = (
-    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*"),
-    *("gem_*", "modules.json", "config_sentence_transformers.json", "chat_template*", "[0-9]_*/*", "embedding/*"),
+READ_UNASKED = (
+    *(
+        "*.py",
+        "*config*.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "pytorch_model*",
+        "*.jinja",
+        "modules.json",
+    ),
+    *("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "gem_*"),
 )
-"""Files of a checkpoint: an update of a repository removes those that the new one does not have."""
+"""Names of files that something may read when it loads a checkpoint; others may lie beside it."""
+
+OWN_FILES = re.compile(
+    r"(generation_|gem_|tokenizer_)?config\.json|config_sentence_transformers\.json|modules\.json|tokenizer\.json"
+    r"|gem_st\.py|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja|gem_adapter/[\w.]+"
+)
+"""Files of a checkpoint that was pushed without a list of them."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -137,23 +153,23 @@ def require_new(folder: Path) -> None:
 @contextmanager
 def _all_or_nothing(folder: Path) -> Iterator[Path]:
     """A folder beside the one wanted, which takes its name when all is written, and is removed when something fails."""
+    folder = folder.resolve()
     require_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        partial.mkdir()
-        yield partial
+        (scratch / "whole").mkdir()
+        yield scratch / "whole"
         if folder.exists():
             folder.rmdir()
-        partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if _is_full_disk(error):
-            raise OSError(
-                errno.ENOSPC, f"The disk is full: {folder} was not written. Free some space, or choose another disk"
-            ) from error
-        raise
+        (scratch / "whole").rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full_disk(error):
+            raise
+        message = f"The disk is full: {folder} was not written. Free some space, or choose another disk"
+        raise OSError(errno.ENOSPC, message) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _is_full_disk(error: BaseException) -> bool:
@@ -174,7 +190,6 @@ def _write_reference(model: SentenceTransformer, gem: Any, folder: Path, format:
         "texts": REFERENCE_TEXTS,
         "prompt": REFERENCE_PROMPT,
         "dtype": str(gem.model.dtype).removeprefix("torch."),
-        "tolerance": TOLERANCES.get(gem.model.dtype, 5e-2),
         "gem_token_ids": gem.gem_token_ids,
         "holds_base": (folder / "config.json").exists(),
         "versions": {
@@ -276,7 +291,8 @@ def verify(
     code = _check_code(folder, names, reference, trust_remote_code)
     checks = [_check_files(folder, names, reference), _check_pickles(folder, names), code, _check_card(folder)]
     if reference and code.passed:
-        checks += _check_running(folder, trust_remote_code="gem_st.py" in names, device=device)
+        kwargs = {"trust_remote_code": "gem_st.py" in names, "device": device, **_untrusted(trust_remote_code)}
+        checks += _check_running(folder, kwargs, token)
     else:
         reason = "not run: see remote code" if reference else NO_REFERENCE
         checks += [Check(name, None, reason) for name in ("embeddings", "generator")]
@@ -307,8 +323,10 @@ def _check_files(folder: Path, names: list[str], reference: dict[str, Any]) -> C
     wrong += [
         f"{name} was changed" for name in sorted(expected.keys() & set(names)) if _hash(folder / name) != expected[name]
     ]
-    own = {*expected, *REFERENCE_FILES}
-    added = [name for name in names if name not in own and not any(fnmatch(name, pattern) for pattern in HARMLESS)]
+    others = set(names) - {*expected, *REFERENCE_FILES, CARD}
+    added = sorted(
+        name for name in others if any(fnmatch(name.rpartition("/")[2], pattern) for pattern in READ_UNASKED)
+    )
     wrong += [f"{name} was added" for name in added]
     if not reference:
         return Check("files", None, NO_REFERENCE)
@@ -316,15 +334,14 @@ def _check_files(folder: Path, names: list[str], reference: dict[str, Any]) -> C
 
 
 def _check_pickles(folder: Path, names: list[str]) -> Check:
-    found = [name for name in names if any(fnmatch(name.lower(), pattern) for pattern in PICKLES)]
-    for name in set(names) - set(found):
+    graphs = {name.removesuffix(".xml") + ".bin" for name in names if name.endswith(".xml")}  # OpenVINO's weights
+    found = {name for name in names if any(fnmatch(name.lower(), pattern) for pattern in PICKLES)} - graphs
+    for name in set(names) - found:
         with open(folder / name, "rb") as file:
-            start = file.read(4)
-        if (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05") or start == b"PK\x03\x04":
-            found.append(name)
-    return Check(
-        "no pickles", not found, f"may hold code: {sorted(found)}" if found else f"{len(names)} files looked at"
-    )
+            if file.read(4) == b"PK\x03\x04":  # as torch.save writes, under any name
+                found.add(name)
+    finding = f"may hold code: {sorted(found)}" if found else f"{len(names)} files looked at"
+    return Check("no pickles", not found, finding)
 
 
 def _check_code(folder: Path, names: list[str], reference: dict[str, Any], trust_remote_code: bool) -> Check:
@@ -345,29 +362,26 @@ def _check_code(folder: Path, names: list[str], reference: dict[str, Any], trust
 def _foreign_code(fetch: Callable[[str], Path | None]) -> str | None:
     """What code a checkpoint would run that is not the installed gem_st's; None if there is none.
 
+    The base's own code is never run without trust: see :func:`_untrusted`.
+
     Args:
         fetch: Gives the path of a file by its name.
     """
-    code = fetch("gem_st.py")
-    if code is None or (digest := _hash(code)) != _hash(Path(modeling_gem.__file__)):
-        return "gem_st.py is missing" if code is None else f"not that of gem_st {__version__}, SHA-256 {digest}"
+    code, modules = fetch("gem_st.py"), fetch("modules.json")
+    if code is None or modules is None:
+        return "gem_st.py or modules.json is missing"
+    if (digest := _hash(code)) != _hash(Path(modeling_gem.__file__)):
+        return f"not that of gem_st {__version__}, SHA-256 {digest}"
+    first, *others = ((module["type"], module["path"]) for module in read_json(modules))
+    foreign = [name for name, _ in others if not re.fullmatch(PLAIN_MODULES, name)]
+    foreign += [first[0]] if first != ("gem_st.GemTransformer", "") else []
+    return f"modules.json names {foreign}" if foreign else None
 
-    def read(name: str) -> Any:
-        path = fetch(name)
-        return read_json(path) if path else {}
 
-    types = [module["type"] for module in read("modules.json") if module["type"] != "gem_st.GemTransformer"]
-    if foreign := [name for name in types if not name.startswith("sentence_transformers.")]:
-        return f"modules.json names {foreign}"
-    settings = read("gem_config.json")
-    configs = {name: read(name) for name in ("config.json", "tokenizer_config.json")}
-    if not settings.get("save_base", True):
-        base, revision = settings["base_model_name_or_path"], settings.get("base_model_revision")
-        for name in tuple(configs):
-            path = _fetch(base, name, revision=revision, token=None)
-            configs[f"{name} of {base}"] = read_json(path) if path else {}
-    with_code = [name for name, config in configs.items() if "auto_map" in config]
-    return f"{' and '.join(with_code)} bring code of the base's own" if with_code else None
+def _untrusted(trust_remote_code: bool) -> dict[str, dict[str, bool]]:
+    """Arguments with which a checkpoint's own module is run, and nothing else that the base may bring."""
+    names = () if trust_remote_code else ("model_kwargs", "processor_kwargs", "config_kwargs")
+    return {name: {"trust_remote_code": False} for name in names}
 
 
 def _check_card(folder: Path) -> Check:
@@ -392,15 +406,14 @@ def _check_card(folder: Path) -> Check:
     return Check("card", not wrong, "; ".join(wrong) or f"{licence}, {len(card.data.eval_results or [])} results")
 
 
-def _check_running(folder: Path, *, trust_remote_code: bool, device: str) -> list[Check]:
+def _check_running(folder: Path, kwargs: dict[str, Any], token: str | bool | None) -> list[Check]:
     worker = Path(__file__).with_name("_worker.py")
     code = f"import runpy, sys; sys.argv[0] = 'worker'; runpy.run_path({str(worker)!r}, run_name='__main__')"
+    env = {**os.environ, "HF_TOKEN": token} if isinstance(token, str) else None  # for the base that an adapter names
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "results.json"
-        arguments = [str(folder.resolve()), str(results), str(trust_remote_code), device]
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=scratch, capture_output=True, text=True, check=False
-        )
+        command = [sys.executable, "-c", code, str(folder.resolve()), str(results), json.dumps(kwargs)]
+        done = subprocess.run(command, cwd=scratch, env=env, capture_output=True, text=True, check=False)
         if not results.exists():
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             return [Check(name, False, last[:300]) for name in ("embeddings", "generator")]
@@ -496,8 +509,9 @@ def load(
         foreign = _foreign_code(partial(_fetch, path_or_repo, revision=revision, token=token))
     if foreign and not trust_remote_code:
         raise ValueError(f"{path_or_repo} would run code that is not gem_st's: {foreign}. {ADVICE}.")
-    kwargs = {"revision": revision, "token": token, **kwargs}
-    return SentenceTransformer(str(path_or_repo), trust_remote_code=True, **kwargs)
+    for name, values in _untrusted(trust_remote_code).items():
+        kwargs[name] = {**kwargs.get(name, {}), **values}
+    return SentenceTransformer(str(path_or_repo), trust_remote_code=True, revision=revision, token=token, **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -555,9 +569,10 @@ def push(
             raise ValueError(
                 f"{repo_id} exists and is {'public' if private else 'private'}. Change that in its settings."
             )
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        present = set(api.list_repo_files(repo_id, revision=revision))
+        branches = {branch.name for branch in api.list_repo_refs(repo_id).branches}
+        is_new = revision is not None and revision not in branches and not revision.startswith("refs/")
+        state = api.model_info(repo_id, revision=None if is_new else revision)
+        present = {str(file.rfilename) for file in state.siblings or ()}
         if present - {".gitattributes", CARD} and not (exist_ok or create_pr):
             raise FileExistsError(
                 f"{repo_id} holds files already. Pass exist_ok=True (--exist-ok) to update it, or create_pr=True "
@@ -567,9 +582,19 @@ def push(
         if not isinstance(source, Path):
             source.model_card_data.set_model_id(repo_id)
             folder = export(source, Path(scratch) / "checkpoint")
-        operations = _list_operations(folder, present, repo_id, replace_model_card)
+        old = partial(_fetch, repo_id, revision=state.sha, token=token)
+        operations = _list_operations(folder, present, old, repo_id, replace_model_card)
+        if is_new:
+            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+        # Only on top of what was looked at here: another push in between is not overwritten by half.
+        parent = None if create_pr else state.sha
         commit = api.create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+            repo_id,
+            operations,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent,
         )
         return str(commit.pr_url if create_pr else commit.commit_url)
 
@@ -577,34 +602,62 @@ def push(
 def _check_source(model: Any, trust_remote_code: bool) -> Any:
     """The folder given, if it is an export in which nothing was changed; otherwise the model, loaded where needed."""
     if not isinstance(model, str | Path):
-        gem_of(model)
+        _check_base_is_public(gem_of(model).get_config_dict())
         return model
     folder = Path(model)
     if not folder.is_dir():
         raise ValueError(f"{model} is no folder. Push the folder of a checkpoint.")
     if not (folder / REFERENCE_FILES[0]).exists():
-        return load(folder, trust_remote_code=trust_remote_code, device="cpu")
+        return _check_source(load(folder, trust_remote_code=trust_remote_code, device="cpu"), trust_remote_code)
     names = _files(folder)
+    if "gem_config.json" in names:
+        _check_base_is_public(read_json(folder / "gem_config.json"))
     for check in (_check_files(folder, names, read_json(folder / REFERENCE_FILES[0])), _check_pickles(folder, names)):
         if not check.passed:
             raise ValueError(f"{folder} is not as it was exported: {check.finding}. Export it again.")
     return folder
 
 
-def _list_operations(folder: Path, present: set[str], repo_id: str, replace_model_card: bool) -> list[Any]:
-    """Files of the export to be added, and those of an older GEM checkpoint in the repository to be removed."""
-    names = {*read_json(folder / REFERENCE_FILES[0])["files"], *REFERENCE_FILES}
-    if CARD not in present or replace_model_card:
-        names |= {CARD} & set(_files(folder))
-    else:
-        logger.warning(
-            f"The card of {repo_id} is kept; replace_model_card=True (--replace-model-card) writes a new one."
+def _check_base_is_public(settings: dict[str, Any]) -> None:
+    """Make sure that an adapter that goes to the Hub names its base by an id that others can fetch."""
+    base = settings.get("base_model_name_or_path", "")
+    if not settings.get("save_base", True) and (Path(base).is_absolute() or Path(base).is_dir()):
+        raise ValueError(
+            f"The adapter names its base by a folder of this machine, {base}. Set model[0].base_model_name_or_path "
+            "(and base_model_revision) to the base's Hub id, or save it with its base: model[0].save_base = True."
         )
-    is_update = bool(present & {"gem_config.json", REFERENCE_FILES[0]})
-    stale = {name for name in present if is_update and any(fnmatch(name, pattern) for pattern in OWN_FILES)} - names
-    return [_add(folder, name, repo_id) for name in sorted(names)] + [
-        CommitOperationDelete(name) for name in sorted(stale)
-    ]
+
+
+def _list_operations(
+    folder: Path, present: set[str], old: Callable[[str], Path | None], repo_id: str, replace_model_card: bool
+) -> list[Any]:
+    """Files of the export to be added, and those of an older GEM checkpoint in the repository to be removed.
+
+    Args:
+        folder: The export.
+        present: Names of the files in the repository.
+        old: Gives the path of one of them.
+        repo_id: The repository.
+        replace_model_card: Replace its card even if it may still be true.
+    """
+    names = {*read_json(folder / REFERENCE_FILES[0])["files"], *REFERENCE_FILES}
+    if (folder / CARD).exists():
+        path = old(CARD) if CARD in present else None
+        facts = card_facts(path.read_text(encoding="utf-8")) if path else {}
+        is_false = bool(facts) and facts != card_facts((folder / CARD).read_text(encoding="utf-8"))
+        if path is None or replace_model_card or is_false:
+            names.add(CARD)
+        else:
+            logger.warning(
+                f"The card of {repo_id} is kept. replace_model_card=True (--replace-model-card) replaces it."
+            )
+    reference = old(REFERENCE_FILES[0]) if REFERENCE_FILES[0] in present else None
+    if reference is not None:
+        stale = present & {*read_json(reference)["files"], *REFERENCE_FILES}
+    else:
+        stale = {name for name in present if "gem_config.json" in present and OWN_FILES.fullmatch(name)}
+    added = [_add(folder, name, repo_id) for name in sorted(names)]
+    return added + [CommitOperationDelete(name) for name in sorted(stale - names)]
 
 
 def _add(folder: Path, name: str, repo_id: str) -> CommitOperationAdd:
@@ -640,13 +693,17 @@ def translate_hub_errors(name: str) -> Iterator[None]:
         yield
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{name} has no such revision: {_first_line(error)}") from error
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{name} is gated: accept its terms on its page, then log in with `hf auth login`."
+        ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"There is no folder {name}, and no repository of that name that this token can see: if it is private, log "
             "in with `hf auth login`."
         ) from error
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(f"{name} is not in the cache and the Hub cannot be reached.") from error
+        raise FileNotFoundError(f"{name} is not in the cache, and was not found: {_first_line(error)}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 401:
@@ -655,13 +712,16 @@ def translate_hub_errors(name: str) -> Iterator[None]:
             raise PermissionError(
                 f"The token may not write to {name}. Use one with write permission there: `hf auth login`."
             ) from error
+        if status == 412:
+            raise OSError(f"{name} was changed by somebody else in the meantime. Push again.") from error
         raise OSError(f"The Hub refused ({status}) for {name}: {_first_line(error)}") from error
     except (TRANSPORT_ERROR, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) else error  # the client wraps those of an upload
         if not isinstance(cause, TRANSPORT_ERROR):
             raise
         raise ConnectionError(
-            f"The connection to the Hub broke ({type(cause).__name__}); {name} is as it was. Try again."
+            f"The connection to the Hub broke ({type(cause).__name__}). {name} holds what it held, or all of the push. "
+            "Try again."
         ) from error
 
 

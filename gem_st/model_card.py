@@ -59,6 +59,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
     base_label: str = "before training"
     is_stock: bool = field(default=False, init=False)
     base_results: dict[Any, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    first_results: dict[Any, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
     base_license: str | None = field(default=None, init=False)
     license_searched: bool = field(default=False, init=False)
     template_path: Path = field(default=TEMPLATE, init=False, repr=False)
@@ -79,13 +80,14 @@ class GemModelCardData(SentenceTransformerModelCardData):
     def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
         """Called by Sentence Transformers' evaluators; keeps the first, untrained, result of each beside the last."""
         if self._training_start_time is None or step == 0:
-            self.base_results.setdefault(evaluator, dict(metrics))
+            self.first_results.setdefault(evaluator, dict(metrics))
         super().set_evaluation_metrics(evaluator, metrics, epoch, step)
 
     def try_to_set_base_model(self) -> None:
         """Take the base's Hub id and revision from the GEM module; a folder of this machine is not named."""
         gem = _gem(self.model)
-        if gem.base_model_name_or_path and not Path(gem.base_model_name_or_path).is_dir():
+        name = Path(gem.base_model_name_or_path or "/")
+        if not (name.is_absolute() or name.is_dir()):
             self.base_model, self.base_model_revision = gem.base_model_name_or_path, gem.base_model_revision
 
     def get_default_model_name(self) -> str:
@@ -140,14 +142,13 @@ class GemModelCardData(SentenceTransformerModelCardData):
     def compare(self) -> list[dict[str, str]]:
         """Main metric of each evaluator, before and after; empty where nothing was evaluated twice."""
         rows = []
+        others = {**(self.first_results if self._training_start_time is not None else {}), **self.base_results}
         for evaluator, after in self.eval_results_dict.items() if self.eval_results_dict else ():
-            before = self.base_results.get(evaluator, after)
-            is_other = evaluator in self.base_results and (before != after or self._training_start_time is not None)
+            before = others.get(evaluator, {})
             parts = getattr(evaluator, "evaluators", [evaluator])
             names = [part.primary_metric for part in parts if getattr(part, "primary_metric", None) in after]
-            if is_other:
-                numbers = [{"name": name, "before": before.get(name), "after": after[name]} for name in names]
-                rows += [{key: _format(value) for key, value in row.items()} for row in numbers]
+            numbers = [{"name": name, "before": before[name], "after": after[name]} for name in names if name in before]
+            rows += [{key: _format(value) for key, value in row.items()} for row in numbers]
         return rows
 
     def to_yaml(self, line_break: str | None = None) -> str:  # type: ignore[override]  # as Sentence Transformers'
@@ -167,7 +168,7 @@ def use_gem_card(model: SentenceTransformer) -> None:
     new = GemModelCardData(local_files_only=True)  # so that nothing is looked up again
     vars(new).update({name: value for name, value in vars(card).items() if name != "template_path"})
     new.add_tags(list(TAGS))
-    new.base_results = dict(card.eval_results_dict or {}) if card._training_start_time is None else {}
+    new.first_results = dict(card.eval_results_dict or {}) if card._training_start_time is None else {}
     new.register_model(model)
     model.model_card_data = new
 
@@ -274,4 +275,4 @@ def _other_dtype(gem: Any, mode: str) -> str | None:
 
 
 def _format(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")

@@ -975,7 +975,8 @@ class GemTransformer(InputModule):
             "save_base": save_base,
             "remote_code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         }
-        if save_base and Path(self.base_model_name_or_path).is_dir():
+        name = Path(self.base_model_name_or_path)
+        if save_base and (name.is_absolute() or name.is_dir()):
             return settings  # a folder of this machine is nobody's business
         names = ("base_model_name_or_path", "base_model_revision")
         return {**settings, **{name: getattr(self, name) for name in names}}
@@ -1720,7 +1721,7 @@ class GemTransformer(InputModule):
         """Add the versions needed to what Sentence Transformers has just written, and does not keep by itself."""
         if config_path.exists():
             config = json.loads(config_path.read_text(encoding="utf-8"))
-            config["requirements"] = {**config.get("requirements", {}), **REQUIREMENTS}
+            config["requirements"] = {**REQUIREMENTS, **config.get("requirements", {})}
             config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
     def _save_adapter(self, folder: Path) -> None:

@@ -101,11 +101,20 @@ def save_stock(model: SentenceTransformer, folder: Path, probe_texts: Sequence[s
     for index, module in enumerate(list(model.children())[1:], start=2):
         modules.append(_save_module(module, index, inner))
     outer: Any = model
-    config = {**outer._get_model_config(), "requirements": {"sentence-transformers": ">=5.4"}}
+    config = {**outer._get_model_config(), "requirements": {"sentence-transformers": ">=5.4", **_transformers_4(gem)}}
     for place, prefix in ((inner, ""), (folder, STOCK_FOLDER)):
         prefixed = [{**module, "path": "/".join(filter(None, (prefix, module["path"])))} for module in modules]
         write_json(place / "modules.json", prefixed)
         write_json(place / "config_sentence_transformers.json", config)
+
+
+def _transformers_4(gem: Any) -> dict[str, str]:
+    """Empty if transformers 4 is known to read the model right, otherwise a requirement that keeps it from that."""
+    config = gem.model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    is_plain = "partial_rotary_factor" not in rope and not any(isinstance(value, dict) for value in rope.values())
+    known = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neo")
+    return {} if is_plain and config.model_type in known else {"transformers": ">=5"}
 
 
 def _name_for_older_readers(gem: Any, folder: Path) -> None:
@@ -169,21 +178,41 @@ def _tokenizer_with_gem_token(gem: Any, probe_texts: Sequence[str]) -> PreTraine
     names = {key: getattr(original, key) for key in ("bos_token", "eos_token", "unk_token") if getattr(original, key)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        pad_token=original.convert_ids_to_tokens(gem.pad_token_id),
+        pad_token=_pad_token(gem),
         padding_side="right",
         truncation_side=original.truncation_side,
         model_max_length=gem.max_seq_length,
+        split_special_tokens=original.split_special_tokens,
         **names,
     )
-    for text in probe_texts:
-        ids = tokenizer(text, truncation=True, max_length=gem.max_seq_length)["input_ids"]
-        expected = gem.preprocess([text])["input_ids"][0].tolist()
+    special = [str(token) for token in original.added_tokens_decoder.values()]
+    own = original.convert_ids_to_tokens(gem.gem_token_ids)
+    for text in [*probe_texts, " a".join(token for token in special[:64] if token not in own)]:
+        ids, expected = _ids_of(tokenizer, text, gem.max_seq_length), gem.preprocess([text])["input_ids"][0].tolist()
         if ids != expected:
             raise ValueError(
                 f"The GEM token cannot be appended by a post-processor of this tokenizer: {text!r:.40} gives {ids}, "
                 f'and should give {expected}. Use format="gem".'
             )
     return tokenizer
+
+
+def _pad_token(gem: Any) -> str:
+    """A token for padding that is special already: to name another one would take its text out of all texts."""
+    special = {token_id: str(token) for token_id, token in gem.tokenizer.added_tokens_decoder.items() if token.special}
+    if not special:
+        raise ValueError('This tokenizer has no special token to pad with. Give it a pad_token, or use format="gem".')
+    return special.get(gem.pad_token_id, next(iter(special.values())))
+
+
+def _ids_of(tokenizer: Any, text: str, max_length: int) -> list[int] | None:
+    """Token ids of a text; None where the tokenizer's post-processors do not go together."""
+    try:
+        return tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+    except BaseException as error:  # of Rust, which is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        return None
 
 
 def _link(source: Path, target: Path) -> None:

@@ -272,7 +272,8 @@ class HubServer:
 
     def __enter__(self) -> HubServer:
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-        self.url, self.cdn_url = (f"http://127.0.0.1:{sock.getsockname()[1]}" for sock in sockets)
+        hosts = ("127.0.0.1", "localhost")  # two hosts, as clients tell redirects inside one from those to another
+        self.url, self.cdn_url = (f"http://{h}:{sock.getsockname()[1]}" for h, sock in zip(hosts, sockets, strict=True))
         config = uvicorn.Config(
             self._serve,
             http=_Protocol,
@@ -299,7 +300,12 @@ class HubServer:
     def env(self, home: str | Path, token: str | None = None, **extra: str) -> dict[str, str]:
         """Environment of a process whose Hub this is and whose cache is under ``home``."""
         env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        env |= {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+        env |= {
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(home),
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
         return {**env, **({"HF_TOKEN": token} if token else {}), **extra}
 
     def seed(self, repo_id: str, files: Mapping[str, bytes], private: bool = False) -> Commit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
@@ -15,7 +16,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from gem_st import GemTransformer, hub
@@ -147,35 +149,64 @@ def change(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "modules.json"])
-def test_other_code_that_a_checkpoint_names_is_not_run(copy, name):
-    if name == "modules.json":
-        modules = json.loads((copy / name).read_text())
-        (copy / name).write_text(json.dumps([*modules, {"idx": 1, "name": "1", "path": "", "type": "other.Module"}]))
-    else:
-        change(copy / name, auto_map={"AutoConfig": "somebody/else--code.Config"})
+FOREIGN = [
+    {"idx": 1, "name": "1", "path": "1_Other", "type": "other.Module"},
+    {"idx": 1, "name": "1", "path": "1_Router", "type": "sentence_transformers.models.Router"},
+    {"idx": 1, "name": "1", "path": "1_Transformer", "type": "sentence_transformers.models.Transformer"},
+]
+
+
+@pytest.mark.parametrize("module", FOREIGN, ids=lambda module: module["path"])
+def test_other_modules_that_a_checkpoint_names_are_not_run(copy, module):
+    modules = json.loads((copy / "modules.json").read_text())
+    (copy / "modules.json").write_text(json.dumps([*modules, module]))
     rehash(copy)
-    assert name in findings(copy)["remote code"]
-    with pytest.raises(ValueError, match=f"would run code that is not gem_st's: {name}"):
+    assert module["type"] in findings(copy)["remote code"]
+    with pytest.raises(ValueError, match=r"would run code that is not gem_st's: modules\.json names"):
         hub.load(copy)
 
 
-def test_code_of_the_base_that_an_adapter_names_is_not_run(make_base, tmp_path):
+@pytest.mark.parametrize("place", ["checkpoint", "base"])
+@pytest.mark.parametrize("way", ["auto_map", "custom_generate"])
+def test_code_that_a_base_brings_is_not_run(make_base, tmp_path, place, way):
     base = tmp_path / "base"
     shutil.copytree(make_base(), base)
     model = build(base, freeze_base=True)
-    model[0].save_base = False
-    folder = hub.export(model, tmp_path / "adapter")
-    change(base / "config.json", auto_map={"AutoModelForCausalLM": "code.Model"})
-    assert f"config.json of {base}" in findings(folder)["remote code"]
+    model[0].save_base = place == "checkpoint"
+    folder = hub.export(model, tmp_path / "export")
+    where = folder if place == "checkpoint" else base
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM"
+    if way == "auto_map":
+        (where / "code.py").write_text(
+            f"{code}\nclass Config(LlamaConfig): pass\nclass Model(LlamaForCausalLM): pass\n"
+        )
+        change(where / "config.json", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
+    else:
+        (where / "custom_generate").mkdir()
+        (where / "custom_generate" / "generate.py").write_text(f"{code}\ndef generate(model, **kwargs): pass\n")
+    hub.verify(folder)
+    with contextlib.suppress(ValueError):  # where the changed base is not the one that was trained on
+        hub.load(folder).encode("a")
+    assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "vocab.txt", "more/config.json", "picture.png"])
-def test_files_that_were_added_are_told_apart(copy, name):
-    (copy / name).parent.mkdir(exist_ok=True)
-    (copy / name).write_text("{}")
-    found = {check.name: check for check in hub.verify(copy).checks}["files"]
-    assert (found.passed, f"{name} was added" in found.finding) == ((True, False) if ".png" in name else (False, True))
+def test_files_that_were_added_are_told_apart(copy):
+    added = {"vocab.txt", "more/config.json"}
+    for name in (*added, "picture.png", "notes.txt", "results.json", "openvino/model.xml", "openvino/model.bin"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("{}")
+    found = findings(copy)
+    assert found.keys() == {"files"}
+    assert set(found["files"].split("; ")) == {f"{name} was added" for name in added}
+
+
+def test_the_tolerance_is_not_the_checkpoints(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"].normal_()
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    rehash(copy)
+    change(copy / "gem_reference.json", tolerance=1e9)
+    assert findings(copy).keys() == {"embeddings", "generator"}
 
 
 @pytest.mark.parametrize("name", ["training_args.bin", "weights.safetensors", "more.py", "gem_reference.json"])
@@ -375,6 +406,23 @@ def test_what_stock_modules_cannot_do_is_said(make_base, tmp_path):
         with pytest.raises(ValueError, match=message):
             hub.export(model, tmp_path / "stock", format="stock")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_stock_modules_would_misread_is_refused(make_base, tmp_path):
+    backend = Tokenizer(models.WordLevel({"!": 0, "a": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = {"single": "<bos> $A <eos>", "special_tokens": [("<bos>", 0), ("<eos>", 1)]}
+    three = build_tokenizer()
+    three.backend_tokenizer.post_processor = processors.TemplateProcessing(**template)
+    without = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for index, (tokenizer, message) in enumerate(
+        ((three, "cannot be appended by a post-processor"), (without, "no special token to pad with"))
+    ):
+        base = tmp_path / f"base{index}"
+        AutoModelForCausalLM.from_pretrained(make_base()).save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        with pytest.raises(ValueError, match=message):
+            hub.export(build(base), tmp_path / "stock", format="stock")
 
 
 def test_files_that_serving_engines_read(make_base, tmp_path):

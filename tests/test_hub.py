@@ -340,7 +340,9 @@ def test_an_interrupted_push_leaves_the_last_commit(server, client, stranger, ma
     assert fault.fired
     assert done.returncode != 0
     if way == "cli":
-        assert re.search(rf"gem-st: The connection to the Hub broke \(\w+\); {repo_id} is as it was", done.stderr)
+        assert re.search(
+            rf"gem-st: The connection to the Hub broke \(\w+\)\. {repo_id} holds what it held", done.stderr
+        )
     assert server.files(repo_id) == before
     server.clear_faults()
     vectors, _ = stranger(repo_id)
@@ -398,7 +400,7 @@ def test_what_the_hub_refuses_is_one_line(server, client, make_base, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("gem-st: There is no Hub token. Run `hf auth login`")
     done = client(cli("push", tmp_path / "model", "acme/new"), HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1
-    assert "gem-st: The connection to the Hub broke (ConnectError); acme/new is as it was" in done.stderr
+    assert "gem-st: The connection to the Hub broke (ConnectError). acme/new holds what it held" in done.stderr
 
 
 def test_what_cannot_be_pushed_makes_no_repository(server, client, make_base, tmp_path):
