@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BASE ?= examples/base-8m
 OUT ?= runs/demo
+JOBS ?= 2
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
@@ -29,8 +30,8 @@ demo: setup ## Train GEM on a small LLM, with a before/after table and a picture
 cards: demo ## Render the cards in model_cards, those of gem-base-8m from a new demo
 	$(BIN)/python model_cards/render.py --demo $(OUT)
 
-test: setup lint ## Lint, then run all tests
-	$(BIN)/python -m pytest
+test: setup lint ## Lint, then run all tests, in two processes (JOBS=n for others)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 test-fast: setup ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow'

@@ -230,6 +230,7 @@ def test_an_adapter_finds_its_base_at_its_revision(server, client, stranger, mak
     files = {path.name: path.read_bytes() for path in base.iterdir()}
     server.seed("acme/base", {**files, "README.md": b"---\nlicense: llama3.2\n---\n"})
     code = """
+    import numpy as np
     import torch
     from sentence_transformers import SentenceTransformer
     from gem_st import GemModelCardData, GemTransformer, hub
@@ -237,8 +238,12 @@ def test_an_adapter_finds_its_base_at_its_revision(server, client, stranger, mak
     gem = GemTransformer("acme/base", freeze_base=True, num_gem_tokens=2, lora_rank=4)
     gem.save_base = False
     model = SentenceTransformer(modules=[gem], device="cpu", model_card_data=GemModelCardData())
+    with torch.no_grad():
+        for name, weight in gem.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
     print(hub.push(model, "acme/adapter"))
-    model.save_pretrained("local")
+    np.save("expected.npy", model.encode(["It rained all day.", "", "She bought bread at the market."]))
     """
     check(client(code))
     revision = server.commits("acme/base")[0].oid
@@ -253,8 +258,7 @@ def test_an_adapter_finds_its_base_at_its_revision(server, client, stranger, mak
     server.seed("acme/base", {"config.json": json.dumps(changed).encode()})  # the base moves on, the adapter does not
     assert "ok      embeddings" in check(client(cli("verify", "acme/adapter"), token=None))
     vectors, _ = stranger("acme/adapter")
-    gem = GemTransformer(str(base), freeze_base=True, num_gem_tokens=2, lora_rank=4)
-    assert vectors.shape == (3, gem.get_embedding_dimension())
+    assert np.array_equal(vectors, np.load(tmp_path / "expected.npy"))
 
 
 def test_revisions_of_weights_and_of_code(server, client, stranger, make_base, tmp_path, run_without_gem_st):
@@ -288,17 +292,38 @@ def test_an_update_removes_what_is_no_longer_part_of_the_checkpoint(server, clie
     build(make_base()).save_pretrained(str(tmp_path / "full"))
     check(client(cli("push", tmp_path / "frozen", "acme/moving")))
     assert "gem_adapter/adapter_config.json" in server.files("acme/moving")
-    card = server.files("acme/moving")["README.md"]
     done = client(cli("push", tmp_path / "full", "acme/moving"))
     assert done.returncode == 1
     assert "acme/moving holds files already. Pass exist_ok=True (--exist-ok)" in done.stderr
     check(client(cli("push", tmp_path / "full", "acme/moving", "--exist-ok")))
     files = server.files("acme/moving")
     assert not any(name.startswith("gem_adapter/") for name in files)
-    assert files["README.md"] == card  # the owner may have edited it
+    assert "| mode | full |" in files["README.md"].decode()  # the old card would be false
+    edited = files["README.md"] + b"Words of its owner."
+    server.seed("acme/moving", {"README.md": edited})
+    output = client(cli("push", tmp_path / "full", "acme/moving", "--exist-ok"))
+    assert "The card of acme/moving is kept" in output.stderr
+    assert server.files("acme/moving")["README.md"] == edited
+    assert client(cli("verify", "acme/moving")).returncode == 0
     check(client(cli("push", tmp_path / "full", "acme/moving", "--exist-ok", "--replace-model-card")))
-    assert server.files("acme/moving")["README.md"] != card
-    assert len(server.commits("acme/moving")) == 4
+    assert server.files("acme/moving")["README.md"] != edited
+
+
+def test_another_push_in_between_is_not_overwritten_by_half(server, client, make_base, tmp_path):
+    hub.export(build(make_base()), tmp_path / "model")
+    code = """
+    from huggingface_hub import HfApi
+    from gem_st import hub
+    add = hub._list_operations
+    def wait(*args):
+        HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo="gem_config.json", repo_id="acme/race")
+        return add(*args)
+    hub._list_operations = wait
+    hub.push("model", "acme/race")
+    """
+    done = client(code)
+    assert "OSError: acme/race was changed by somebody else in the meantime. Push again." in done.stderr
+    assert "gem_st.py" not in server.files("acme/race")
 
 
 def test_pull_requests(server, client, stranger, make_base, tmp_path):
@@ -406,13 +431,20 @@ def test_what_the_hub_refuses_is_one_line(server, client, make_base, tmp_path):
 def test_what_cannot_be_pushed_makes_no_repository(server, client, make_base, tmp_path):
     folder = hub.export(build(make_base()), tmp_path / "model")
     (folder / "optimizer.pt").write_bytes(b"x")
-    for message in ("optimizer.pt was added", "gem_config.json was changed"):
+    for message in (r"may hold code: .*optimizer\.pt", r"gem_config\.json was changed"):
         done = client(cli("push", folder, "acme/changed"))
         assert done.returncode == 1
         assert re.search(rf"gem-st: .* is not as it was exported: .*{message}", done.stderr)
         (folder / "optimizer.pt").unlink(missing_ok=True)
         (folder / "gem_config.json").write_text("{}")
-    for folder, message in (("no-such-folder", "is no folder"), (make_base(), "not a GEM checkpoint")):
+    adapter = build(make_base(), freeze_base=True)
+    adapter[0].save_base = False
+    adapter.save_pretrained(str(tmp_path / "adapter"))
+    for folder, message in (
+        ("no-such-folder", "is no folder"),
+        (make_base(), "not a GEM checkpoint"),
+        (tmp_path / "adapter", "The adapter names its base by a folder of this machine"),
+    ):
         done = client(cli("push", folder, "acme/changed"))
         assert done.returncode == 1
         assert message in done.stderr
