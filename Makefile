@@ -41,7 +41,7 @@ test-floor: ## Run all tests on the oldest supported Sentence Transformers and t
 	.venv-floor/bin/pip install --quiet --constraint constraints.txt torch
 	.venv-floor/bin/pip install --quiet --constraint constraints.txt --editable '.[test]' \
 		sentence-transformers==6.0.0 transformers==5.4.0
-	.venv-floor/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -n $(JOBS)
 
 # Engines need packages that exclude each other, hence an environment each; llama-cpp-python is compiled.
 test-engines: setup ## Serve a stock export with ONNX Runtime, OpenVINO and llama.cpp and compare vectors (10 minutes)

@@ -82,16 +82,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", 
 NO_REFERENCE = "no gem_reference.json, which `gem-st export` and `gem-st push` write"
 
 READ_UNASKED = (
-    *(
-        "*.py",
-        "*config*.json",
-        "*.safetensors",
-        "*.safetensors.index.json",
-        "pytorch_model*",
-        "*.jinja",
-        "modules.json",
-    ),
-    *("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "gem_*"),
+    *("*.py", "*config*.json", "modules.json", "base_fingerprint.json", "*.safetensors", "*.safetensors.index.json"),
+    *("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
 )
 """Names of files that something may read when it loads a checkpoint; others may lie beside it."""
 
