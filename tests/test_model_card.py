@@ -23,6 +23,7 @@ from sentence_transformers import (
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem_st import AlphaSchedule, GemLoss, GemModelCardData, GemTransformer, gem_attention_mask, hub
 from gem_st.evaluation import PerplexityEvaluator
@@ -128,6 +129,24 @@ def test_the_licence_is_that_of_the_base(make_base, tmp_path):
     assert "# Mine" in card.text
     assert str(tmp_path) not in card.text
     assert "Not evaluated yet." in card.text
+
+
+@pytest.mark.parametrize("freeze_base", [True, False])
+def test_the_data_type_stands_in_the_snippet_where_it_is_not_the_default(make_base, tmp_path, freeze_base):
+    AutoModelForCausalLM.from_pretrained(make_base(), dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(make_base()).save_pretrained(tmp_path / "base")
+    gem = GemTransformer(str(tmp_path / "base"), freeze_base=freeze_base, model_kwargs={"dtype": "float32"})
+    model = SentenceTransformer(modules=[gem], device="cpu", model_card_data=GemModelCardData())
+    model.save_pretrained(str(tmp_path / "model"))
+    text = (tmp_path / "model" / "README.md").read_text()
+    assert ('trust_remote_code=True, model_kwargs={"dtype": "float32"})' in text) == freeze_base
+    again = SentenceTransformer(
+        str(tmp_path / "model"),
+        trust_remote_code=True,
+        device="cpu",
+        **({"model_kwargs": {"dtype": "float32"}} if freeze_base else {}),
+    )
+    assert torch.equal(again.encode("rain", convert_to_tensor=True), model.encode("rain", convert_to_tensor=True))
 
 
 def test_what_another_model_scores_stands_beside(make_model, tmp_path):
@@ -309,6 +328,7 @@ def test_the_cards_of_the_demo_are_of_this_template(name, make_model, tmp_path):
     fresh = (tmp_path / "model" / "README.md").read_text()
     text = (ROOT / "model_cards" / name).read_text(encoding="utf-8")
     assert headings(text) == headings(fresh)
+    text = text.replace(', model_kwargs={"dtype": "float32"}', "")  # its base is in bfloat16, that of the test is not
     for pattern in (r"```python\n.*?```", r"```text\n.*?```"):
         blocks = re.findall(pattern, text, flags=re.DOTALL)
         renamed = [block.replace("your-name/" + name[:-3], MODEL_ID).replace("256)", "32)") for block in blocks]
