@@ -545,7 +545,9 @@ def push(
         ValueError: If the id is none, or the folder no GEM checkpoint.
         PermissionError: If there is no token, or it may not write there.
         FileExistsError: If the repository holds files and neither ``exist_ok`` nor ``create_pr`` is set.
-        ConnectionError: If the connection broke; nothing is committed then, and the push can be repeated.
+        ConnectionError: If the connection broke. The repository holds what it held, or all of the push, which can be
+            repeated.
+        OSError: If somebody else committed in between.
     """
     _check_id(repo_id)
     if create_pr and revision is not None:
@@ -556,39 +558,39 @@ def push(
     source = _check_source(model, trust_remote_code)  # before anything is made on the Hub
     with translate_hub_errors(repo_id), tempfile.TemporaryDirectory() as scratch:
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private is not None and api.model_info(repo_id).private != private:
-            raise ValueError(
-                f"{repo_id} exists and is {'public' if private else 'private'}. Change that in its settings."
-            )
-        branches = {branch.name for branch in api.list_repo_refs(repo_id).branches}
-        is_new = revision is not None and revision not in branches and not revision.startswith("refs/")
-        state = api.model_info(repo_id, revision=None if is_new else revision)
-        present = {str(file.rfilename) for file in state.siblings or ()}
-        if present - {".gitattributes", CARD} and not (exist_ok or create_pr):
-            raise FileExistsError(
-                f"{repo_id} holds files already. Pass exist_ok=True (--exist-ok) to update it, or create_pr=True "
-                "(--create-pr) to propose the change."
-            )
+        repo_id, state, is_new = _open_repo(api, repo_id, private, revision, is_update=exist_ok or create_pr)
         folder = source
         if not isinstance(source, Path):
             source.model_card_data.set_model_id(repo_id)
             folder = export(source, Path(scratch) / "checkpoint")
         old = partial(_fetch, repo_id, revision=state.sha, token=token)
+        present = {str(file.rfilename) for file in state.siblings or ()}
         operations = _list_operations(folder, present, old, repo_id, replace_model_card)
         if is_new:
             api.create_branch(repo_id, branch=str(revision), exist_ok=True)
         # Only on top of what was looked at here: another push in between is not overwritten by half.
-        parent = None if create_pr else state.sha
-        commit = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=parent,
-        )
+        place = {"create_pr": True} if create_pr else {"revision": revision, "parent_commit": state.sha}
+        commit = api.create_commit(repo_id, operations, commit_message=commit_message, **place)
         return str(commit.pr_url if create_pr else commit.commit_url)
+
+
+def _open_repo(
+    api: HfApi, repo_id: str, private: bool | None, revision: str | None, *, is_update: bool
+) -> tuple[str, Any, bool]:
+    """Make a repository if there is none: its full name, what it holds, and whether the branch is still to be made."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    branches = {branch.name for branch in api.list_repo_refs(repo_id).branches}
+    is_new = revision is not None and revision not in branches and not revision.startswith("refs/")
+    state = api.model_info(repo_id, revision=None if is_new else revision)
+    if private is not None and state.private != private:
+        is_now = "public" if private else "private"
+        raise ValueError(f"{repo_id} exists and is {is_now}. Change that in its settings.")
+    if not is_update and {file.rfilename for file in state.siblings or ()} - {".gitattributes", CARD}:
+        raise FileExistsError(
+            f"{repo_id} holds files already. Pass exist_ok=True (--exist-ok) to update it, or create_pr=True "
+            "(--create-pr) to propose the change."
+        )
+    return repo_id, state, is_new
 
 
 def _check_source(model: Any, trust_remote_code: bool) -> Any:

@@ -86,10 +86,17 @@ def test_versions_that_are_too_old_are_named(saved):
         SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
 
 
-@pytest.mark.parametrize("module", ["sentence_transformers.base.modules", "transformers.masking_utils"])
-def test_older_libraries_get_one_clear_line(saved, module):
+@pytest.mark.parametrize(
+    "older",
+    [
+        "sys.modules['sentence_transformers.base.modules'] = None",
+        "from transformers import AutoModelForCausalLM, masking_utils\ndel masking_utils.create_masks_for_generate",
+    ],
+    ids=["sentence-transformers", "transformers"],
+)
+def test_older_libraries_get_one_clear_line(saved, older):
     _, folder = saved
-    code = f"import sys, torch, transformers\nsys.modules['{module}'] = None\nimport gem_st"
+    code = f"import sys, torch, transformers\n{older}\nimport gem_st"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode != 0
     assert "ImportError: GEM needs newer packages: pip install -U 'sentence-transformers>=6.0'" in done.stderr
