@@ -55,7 +55,35 @@ def perplexity(
     return math.exp(total / count)
 
 
-class PerplexityEvaluator(BaseEvaluator):
+class _GemEvaluator(BaseEvaluator):
+    """An evaluator of what a GEM model does beside embedding."""
+
+    texts: list[str]
+    name: str
+
+    def __call__(  # type: ignore[override]  # a dict always
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Measure.
+
+        Args:
+            model: A model whose first module is a GemTransformer.
+            output_path: Not used.
+            epoch: The trainer's epoch, for the model card.
+            steps: The trainer's step, for the model card.
+
+        Returns:
+            The metrics.
+        """
+        metrics = self.prefix_name_to_metrics(self._measure(model[0]), self.name)
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        return metrics
+
+    def _measure(self, gem: Any) -> dict[str, float]:
+        raise NotImplementedError
+
+
+class PerplexityEvaluator(_GemEvaluator):
     """Perplexity of a GEM model's generator on texts, so that the trainer and the model card watch it, too.
 
     Args:
@@ -72,28 +100,12 @@ class PerplexityEvaluator(BaseEvaluator):
         self.texts, self.name, self.max_length, self.batch_size = list(texts), name, max_length, batch_size
         self.primary_metric = f"{name}_perplexity" if name else "perplexity"
 
-    def __call__(  # type: ignore[override]  # a dict always
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
-        """Measure.
-
-        Args:
-            model: A model whose first module is a GemTransformer.
-            output_path: Not used.
-            epoch: The trainer's epoch, for the model card.
-            steps: The trainer's step, for the model card.
-
-        Returns:
-            The metric, per token.
-        """
-        gem: Any = model[0]
+    def _measure(self, gem: Any) -> dict[str, float]:
         value = perplexity(gem.model, gem.tokenizer, self.texts, max_length=self.max_length, batch_size=self.batch_size)
-        metrics = self.prefix_name_to_metrics({"perplexity": value}, self.name)
-        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
-        return metrics
+        return {"perplexity": value}
 
 
-class ReconstructionEvaluator(BaseEvaluator):
+class ReconstructionEvaluator(_GemEvaluator):
     """How much of texts their GEM tokens hold: writes each from its memory alone and compares (paper, table 6).
 
     As an ``evaluator`` of the trainer it monitors the reconstruction task of :class:`gem_st.GemLoss`. Metrics are
@@ -122,29 +134,12 @@ class ReconstructionEvaluator(BaseEvaluator):
         self.chrf = CHRF()
         self.primary_metric = f"{name}_chrf" if name else "chrf"
 
-    def __call__(  # type: ignore[override]  # a dict always
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
-        """Measure.
-
-        Args:
-            model: A model whose first module is a GemTransformer.
-            output_path: Not used.
-            epoch: The trainer's epoch, for the model card.
-            steps: The trainer's step, for the model card.
-
-        Returns:
-            The metrics.
-        """
-        gem: Any = model[0]
+    def _measure(self, gem: Any) -> dict[str, float]:
         copies: list[str] = []
         for start in range(0, len(self.texts), self.batch_size):
             copies += gem.reconstruct(gem.compress(self.texts[start : start + self.batch_size]))
         hits = [copy.strip() == text.strip() for copy, text in zip(copies, self.texts, strict=True)]
-        metrics = {
+        return {
             "exact_match": sum(hits) / len(hits),
             "chrf": self.chrf.corpus_score(copies, [self.texts]).score,
         }
-        metrics = self.prefix_name_to_metrics(metrics, self.name)
-        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
-        return metrics

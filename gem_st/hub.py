@@ -52,8 +52,8 @@ from transformers.utils import logging
 
 from . import modeling_gem
 from ._version import __version__
-from .model_card import MODEL_ID, card_facts, render_card
-from .stock import STOCK_FOLDER, check_stock, gem_of, read_json, save_stock, write_json
+from .model_card import MODEL_ID, card_facts, gem_of, render_card
+from .stock import STOCK_FOLDER, check_stock, read_json, save_stock, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -615,7 +615,7 @@ def _check_source(model: Any, trust_remote_code: bool) -> Any:
 def _check_base_is_public(settings: dict[str, Any]) -> None:
     """Make sure that an adapter that goes to the Hub names its base by an id that others can fetch."""
     base = settings.get("base_model_name_or_path", "")
-    if not settings.get("save_base", True) and (Path(base).is_absolute() or Path(base).is_dir()):
+    if not settings.get("save_base", True) and modeling_gem.is_local(base):
         raise ValueError(
             f"The adapter names its base by a folder of this machine, {base}. Set model[0].base_model_name_or_path "
             "(and base_model_revision) to the base's Hub id, or save it with its base: model[0].save_base = True."

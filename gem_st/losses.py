@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerState
 from transformers.utils import logging
 
-from .model_card import CITATION, use_gem_card
+from .model_card import CITATION, gem_of, use_gem_card
 from .training import AlphaSchedule
 from .views import NO_TARGET, TASKS, drop_tokens, join_row, split_rows
 
@@ -140,12 +140,7 @@ class GemLoss(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        gem: Any = model[0] if isinstance(model, nn.Sequential) and len(model) else None
-        if not hasattr(gem, "gem_token_ids"):
-            raise ValueError(
-                "GemLoss needs a SentenceTransformer whose first module is a GemTransformer, got "
-                f"{type(gem).__name__}. Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
-            )
+        gem = gem_of(model, "GemLoss")
         if plain_ratio is None:
             plain_ratio = 1.0 if gem.freeze_base else 0.8
         if token_dropout is None:

@@ -15,10 +15,11 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump
 from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
+from torch import nn
 from transformers.utils import cached_file, logging
 
 from ._version import __version__
-from .modeling_gem import gem_mask_function, gem_segments
+from .modeling_gem import gem_mask_function, gem_segments, is_local
 
 logger = logging.get_logger(__name__)
 
@@ -85,9 +86,8 @@ class GemModelCardData(SentenceTransformerModelCardData):
 
     def try_to_set_base_model(self) -> None:
         """Take the base's Hub id and revision from the GEM module; a folder of this machine is not named."""
-        gem = _gem(self.model)
-        name = Path(gem.base_model_name_or_path or "/")
-        if not (name.is_absolute() or name.is_dir()):
+        gem = gem_of(self.model)
+        if not is_local(gem.base_model_name_or_path):
             self.base_model, self.base_model_revision = gem.base_model_name_or_path, gem.base_model_revision
 
     def get_default_model_name(self) -> str:
@@ -103,7 +103,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
         """Values that the template shows beside Sentence Transformers' own."""
         metadata = super().get_model_specific_metadata()
         if not self.license and not self.license_searched:
-            self.license = self.base_license = find_license(_gem(self.model), self.local_files_only)
+            self.license = self.base_license = find_license(gem_of(self.model), self.local_files_only)
             self.license_searched = True
         if not self.citations:
             self.set_losses([])
@@ -111,7 +111,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
 
     def describe(self) -> dict[str, Any]:
         """What the template knows as ``gem``."""
-        gem, model = _gem(self.model), self.model
+        gem, model = gem_of(self.model), self.model
         assert model is not None
         mode = "frozen" if gem.freeze_base else "lora" if gem._has_lora else "full"
         num_trained = sum(p.numel() for p in gem.parameters() if p.requires_grad) - gem.logit_scale.numel()
@@ -156,7 +156,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
         text = super().to_yaml(line_break)
         if self.model is None or not self.base_model:
             return text
-        is_adapter = _gem(self.model).freeze_base or _gem(self.model)._has_lora
+        is_adapter = gem_of(self.model).freeze_base or gem_of(self.model)._has_lora
         return f"{text}\nbase_model_relation: {'adapter' if is_adapter else 'finetune'}"
 
 
@@ -191,10 +191,8 @@ def render_card(model: SentenceTransformer, *, is_stock: bool = False) -> str:
     old_text = None if "generated_from_trainer" in card.tags else model._model_card_text
     old = ModelCard(old_text, ignore_metadata_errors=True) if old_text else None
     if old is not None:
-        values = {name: old.data.get(name) for name in ("license", "language", "base_model")}
-        vars(card).update(
-            {name: value for name, value in values.items() if isinstance(value, str) or name == "language"}
-        )
+        for name in ("license", "language", "base_model"):
+            setattr(card, name, getattr(card, name) or old.data.get(name))
     card.is_stock = is_stock
     new = ModelCard.from_template(card, template_path=str(card.template_path))
     if old is None:
@@ -261,8 +259,23 @@ def describe_hardware() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _gem(model: Any) -> Any:
-    return model[0]
+def gem_of(model: Any, needed_by: str = "This") -> Any:
+    """The GEM module of a model.
+
+    Args:
+        model: The model.
+        needed_by: Who needs one, for the error.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    gem = model[0] if isinstance(model, nn.Sequential) and len(model) else None
+    if not hasattr(gem, "gem_token_ids"):
+        raise ValueError(
+            f"{needed_by} needs a SentenceTransformer whose first module is a GemTransformer, got "
+            f"{type(gem).__name__}. Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
+        )
+    return gem
 
 
 def _other_dtype(gem: Any, mode: str) -> str | None:

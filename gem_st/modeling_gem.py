@@ -975,8 +975,7 @@ class GemTransformer(InputModule):
             "save_base": save_base,
             "remote_code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         }
-        name = Path(self.base_model_name_or_path)
-        if save_base and (name.is_absolute() or name.is_dir()):
+        if save_base and is_local(self.base_model_name_or_path):
             return settings  # a folder of this machine is nobody's business
         names = ("base_model_name_or_path", "base_model_revision")
         return {**settings, **{name: getattr(self, name) for name in names}}
@@ -1748,7 +1747,7 @@ class GemTransformer(InputModule):
         fingerprint = fingerprint_base(folder.parent, self.tokenizer) if is_whole else self._fingerprint
         text = json.dumps(fingerprint, indent=2) + "\n"
         (folder / "base_fingerprint.json").write_text(text, encoding="utf-8")
-        if not self.save_base and Path(str(self.base_model_name_or_path)).is_dir():
+        if not self.save_base and is_local(self.base_model_name_or_path):
             logger.warning(
                 f"The checkpoint names its base by a folder of this machine, {self.base_model_name_or_path}. Set "
                 "model[0].base_model_name_or_path (and base_model_revision) to the base's Hub id before saving."
@@ -1946,6 +1945,11 @@ def _add_adapter_with_gem_rows(model: Any, gem_token_ids: list[int] | None, adap
     elif isinstance(indices, list):
         adapter_config.trainable_token_indices = sorted({*indices, *gem_token_ids})
     type(model).add_adapter(model, adapter_config, *args)
+
+
+def is_local(base: str) -> bool:
+    """True for a base that is named by a folder, also one that is gone by now; empty names are none of the Hub's."""
+    return Path(base).is_absolute() or Path(base).is_dir()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -9,28 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from .model_card import gem_of
+
 STOCK_FOLDER = "embedding"
 """Folder of a stock export in which a complete Sentence-Transformers checkpoint lies."""
-
-
-def gem_of(model: Any) -> Any:
-    """The GEM module of a model.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    gem = model[0] if isinstance(model, torch.nn.Sequential) and len(model) else None
-    if not hasattr(gem, "gem_token_ids"):
-        raise ValueError(
-            f"A SentenceTransformer whose first module is a GemTransformer is needed, got {type(model).__name__} with "
-            f"{type(gem).__name__}. Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
-        )
-    return gem
 
 
 def read_json(path: Path) -> Any:
