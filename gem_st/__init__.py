@@ -4,7 +4,7 @@ from ._version import __version__
 from .losses import GemLoss
 from .model_card import GemModelCardData
 from .modeling_gem import GemCache, GemMemory, GemTransformer, gem_attention_mask
-from .training import AlphaSchedule, TwoPhaseLearningRate
+from .training import AlphaSchedule, TwoPhaseLearningRate, last_checkpoint
 
 # The public name of the class, as numpy does it: checkpoints name `gem_st.GemTransformer`, and carry its file as
 # `gem_st.py`, so that they load alike with and without this package.
@@ -20,4 +20,5 @@ __all__ = [
     "TwoPhaseLearningRate",
     "__version__",
     "gem_attention_mask",
+    "last_checkpoint",
 ]
