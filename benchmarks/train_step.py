@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import sentence_transformers
 import torch
@@ -29,13 +30,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gem_st import GemLoss, GemTransformer
+from gem_st import GemLoss, GemTransformer, modeling_gem
 from gem_st.losses import find_same_texts, info_nce, text_keys
 from gem_st.modeling_gem import gem_segments, pool_gem_tokens
 from gem_st.views import split_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 ALPHA = 0.5
+SHAPES = ((8, 64), (8, 256), (32, 64))
 
 
 def naive_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
@@ -80,7 +82,20 @@ def our_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
     return loss([gem.pad(rows, padding_side="right")])
 
 
+def grouped_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
+    """Ours without packing: texts in groups of like length."""
+    with patch.object(loss._gem[0], "_can_pack", False):
+        return our_loss(loss, texts)
+
+
+def padded_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
+    """Ours without packing and groups, as in training of several processes before there was packing."""
+    with patch.dict(modeling_gem.BUCKET_COST, cpu=10**9):
+        return our_loss(loss, texts)
+
+
 WAYS = {"naive": naive_loss, "ours": our_loss}
+PADDING = {"grouped": grouped_loss, "padded": padded_loss}
 
 
 def load(base: str, num_gem_tokens: int, freeze_base: bool = False, **loss_options: object) -> GemLoss:
@@ -117,9 +132,10 @@ def measure_speed(args: argparse.Namespace) -> dict:
         optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-5)
         texts = split_rows(*gem.preprocess(random.Random(0).sample(lines, args.batch_size)).values(), gem.gem_token_ids)
         error = check_same(loss, texts)
-        seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+        ways = {**WAYS, **PADDING}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
         for round_ in range(args.rounds + 1):
-            for name, way in WAYS.items():
+            for name, way in ways.items():
                 torch.manual_seed(round_)
                 start = time.perf_counter()
                 optimizer.zero_grad()
@@ -127,15 +143,19 @@ def measure_speed(args: argparse.Namespace) -> dict:
                 optimizer.step()
                 if round_:  # the first warms up
                     seconds[name].append(time.perf_counter() - start)
-        ratios = [naive / ours for naive, ours in zip(seconds["naive"], seconds["ours"], strict=True)]
         result[f"K={num_gem_tokens}"] = {
-            "naive / ours": round(statistics.median(ratios), 2),
-            "rounds": [round(ratio, 2) for ratio in ratios],
+            **{f"{name} / ours": compare(seconds[name], seconds["ours"]) for name in ("naive", *PADDING)},
             "gradient_error": error,
             "tokens_in_texts": sorted(map(len, texts))[:: max(1, len(texts) // 8)],
         }
         print(f"K={num_gem_tokens}", result[f"K={num_gem_tokens}"], flush=True)
     return result
+
+
+def compare(others: list[float], ours: list[float]) -> dict[str, float]:
+    """Median, smallest and largest ratio of a round."""
+    ratios = sorted(other / our for other, our in zip(others, ours, strict=True))
+    return {"median": round(statistics.median(ratios), 2), "from": round(ratios[0], 2), "to": round(ratios[-1], 2)}
 
 
 def measure_peak(args: argparse.Namespace) -> None:
@@ -173,10 +193,10 @@ def make_base(folder: Path, vocab_size: int, args: argparse.Namespace) -> None:
 def measure_memory(args: argparse.Namespace) -> list[dict]:
     table = []
     with tempfile.TemporaryDirectory() as root:
-        for vocab_size in (32_000, 128_256):
+        for vocab_size, shapes in {32_000: SHAPES, 128_256: SHAPES[:2], 8_192: ()}.items():
             base = Path(root) / str(vocab_size)
             make_base(base, vocab_size, args)
-            for batch_size, length in ((8, 64), (8, 256), (32, 64)):
+            for batch_size, length in shapes:
                 row = {"B": batch_size, "T": length, "V": vocab_size}
                 for way in WAYS:
                     row[way] = run_step(base, way, batch_size, length)
@@ -188,8 +208,8 @@ def measure_memory(args: argparse.Namespace) -> list[dict]:
                 options = ["--freeze-base"] if freeze_base else []
                 options += [] if size is None else ["--mini-batch-size", str(size)]
                 mode = "frozen" if freeze_base else "full"
-                row = {"mode": mode, "B": batch_size, "T": 64, "V": 32_000, "mini_batch_size": size}
-                row["ours"] = run_step(Path(root) / "32000", "ours", batch_size, 64, *options)
+                row = {"mode": mode, "B": batch_size, "T": 64, "V": 8_192, "mini_batch_size": size}
+                row["ours"] = run_step(Path(root) / "8192", "ours", batch_size, 64, *options)
                 table.append(row)
                 print(row, flush=True)
     return table

@@ -300,7 +300,23 @@ class GemLoss(nn.Module):
             for kind, data in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
                 check_dataset(data, kind, takes_labels=self.inner is not None)
             warn_of_truncation(self._gem[0], trainer.train_dataset)
+            if (
+                self.inner is None
+                and trainer.args.per_device_train_batch_size == 1
+                and not self._has_negatives(trainer)
+            ):
+                raise ValueError(
+                    "In batches of one text there are no negatives to tell it from. Raise "
+                    "per_device_train_batch_size (GemLoss(mini_batch_size=1) keeps the memory of one text), or pass "
+                    "alpha=0 for next-token prediction alone."
+                )
         return super()._apply(fn, recurse)
+
+    def _has_negatives(self, trainer: BaseTrainer) -> bool:
+        """Whether a batch of one has anything to learn from: other processes' texts, hard negatives, or no need."""
+        columns = getattr(trainer.train_dataset, "column_names", None) or ()
+        is_gathered = self.gather_across_devices and trainer.args.world_size > 1
+        return self.alpha == 0 or is_gathered or len(columns) > 2 or isinstance(columns, dict)
 
     def current_alpha(self, state: TrainerState | None) -> float:
         """Weight of the contrastive part at the optimizer step; in evaluation, at the last step.

@@ -252,6 +252,17 @@ def test_texts_that_cannot_be_told_apart_are_refused(make_model, tmp_path, colum
         make_trainer(make_model(), tmp_path, Dataset.from_dict(columns))
 
 
+def test_batches_of_one_have_no_negatives(make_model, tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match="no negatives to tell it from"):
+        make_trainer(model, tmp_path, per_device_train_batch_size=1)
+    make_trainer(model, tmp_path, per_device_train_batch_size=1, loss=GemLoss(model, alpha=0.0)).train()
+    hard = Dataset.from_dict({"anchor": CORPUS[:4], "positive": CORPUS[4:], "negative": CORPUS[2:6]})
+    trainer = make_trainer(model, tmp_path, hard, per_device_train_batch_size=1, loss=GemLoss(model, alpha=1.0))
+    trainer.train()
+    assert min(logged(trainer, "contrastive")) > 0
+
+
 def test_an_alpha_out_of_range_is_refused_at_the_first_step(make_model, tmp_path):
     model = make_model()
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2.0"):
