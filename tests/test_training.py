@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import TrainerCallback
 
 from gem_st import AlphaSchedule, GemLoss, TwoPhaseLearningRate
@@ -203,8 +204,6 @@ torch.distributed.destroy_process_group()
 
 
 def test_another_loss_of_sentence_transformers_trains_it_too(make_model, tmp_path):
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-
     model = make_model(num_gem_tokens=2)
     pairs = Dataset.from_dict({"anchor": CORPUS[:4], "positive": CORPUS[4:]})
     trainer = make_trainer(
@@ -290,6 +289,8 @@ def test_columns_named_for_a_task_train_it(make_model, tmp_path, freeze_base):
     trainer.train()
     assert seen[0].tasks == ("soft_prompt",)
     assert seen[0].plain_ratio == (0.5 if freeze_base else 0.8)
+    pairs = GemLoss(model, inner=MultipleNegativesRankingLoss(model), alpha=0.5)
+    assert pairs._plan(["prompt", "answer"]).tasks == ("reconstruction", "continuation")
     assert trainer.loss._plan(["anchor", "positive"]).tasks == ("reconstruction", "continuation")
     assert max(logged(trainer, "ntp")) > 0
     assert min(logged(trainer, "contrastive")) > 0
