@@ -20,6 +20,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -792,12 +793,31 @@ class GemTransformer(InputModule):
 
     def _freeze(self) -> None:
         """Freeze the model; beside it, make GEM embeddings, and a second model of the same weights for a LoRA."""
+        self._check_sharding()
         self.model.requires_grad_(False)
         self.model.eval()
         self.adapter_model = share_weights(self.model)
         used = torch.arange(max(self.tokenizer.get_vocab().values()) + 1, device=self.model.device)
         rows = draw_gem_rows(self.model.get_input_embeddings()(used), self.num_gem_tokens)
         self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
+
+    def _check_sharding(self) -> None:
+        """Refuse to be sharded layer by layer: a frozen base has two containers around the weights of each layer.
+
+        Raises:
+            ValueError: If `accelerate launch` was told to.
+        """
+        if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+            return
+        policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")
+        wrapped = set(os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(","))
+        holders = {type(module).__name__ for module in self.model.modules() if any(module.children())}
+        if policy == "SIZE_BASED_WRAP" or (policy == "TRANSFORMER_BASED_WRAP" and wrapped & holders):
+            raise ValueError(
+                f"FSDP is to shard by {policy} {sorted(wrapped & holders)}, but freeze_base=True shares the weights of "
+                "each layer between base and adapter. Use DDP (a frozen base has few gradients), or FSDP2 with "
+                "fsdp_auto_wrap_policy: NO_WRAP."
+            )
 
     @property
     def _gem_model(self) -> Any:
@@ -971,7 +991,7 @@ class GemTransformer(InputModule):
         save_base = self.save_base and not self._has_lora
         settings = {
             **super().get_config_dict(),
-            "logit_scale": self.logit_scale.item(),
+            "logit_scale": _value_of(self.logit_scale),
             "save_base": save_base,
             "remote_code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         }
@@ -1665,6 +1685,8 @@ class GemTransformer(InputModule):
             safe_serialization: Only True: weights are always safetensors.
             **kwargs: Passed to ``save_pretrained`` of the model, e.g. ``max_shard_size="5GB"``.
 
+        Weights sharded over processes (FSDP2) are gathered, for which every process has to call this; the first writes.
+
         Raises:
             ValueError: If ``safe_serialization`` is False, there is no adapter to be saved alone, or the base beside
                 an adapter was changed.
@@ -1675,31 +1697,40 @@ class GemTransformer(InputModule):
             raise ValueError(
                 "save_base=False needs an adapter: freeze_base=True, or model.add_adapter(LoraConfig(...))."
             )
-        folder = Path(output_path)
-        is_adapter = self.freeze_base or self._has_lora
-        if is_adapter and not (self.freeze_base and self.save_base) and not self.base_model_name_or_path:
+        if self._is_adapter and not (self.freeze_base and self.save_base) and not self.base_model_name_or_path:
             raise ValueError(
                 "An adapter is saved without its base, and has to name it: set model[0].base_model_name_or_path (and "
                 "base_model_revision) to the base's Hub id."
             )
-        if is_adapter:
+        with _Gathered(self) as is_writer:
+            if is_writer:
+                self._write(Path(output_path), **kwargs)
+
+    def _write(self, folder: Path, **kwargs: Any) -> None:
+        """Write a checkpoint of weights that are whole in memory."""
+        if self._is_adapter:
             self._check_base_unchanged()
         self._remove_leftovers(folder)
         if self.freeze_base and self.save_base:
             self._copy_base(folder, **kwargs)
-        elif not is_adapter:
+        elif not self._is_adapter:
             self.model.save_pretrained(folder, **kwargs)
         if self.save_base and not self._has_lora:
             if backend := getattr(self.tokenizer, "backend_tokenizer", None):
                 backend.no_truncation()
-            self.save_tokenizer(output_path)
-        if is_adapter:
+            self.save_tokenizer(str(folder))
+        if self._is_adapter:
             self._save_adapter(folder / self.adapter_folder)
-        self.save_config(output_path)
+        self.save_config(str(folder))
         self._require_versions(folder / "config_sentence_transformers.json")
         remote_code = folder / self.remote_code_file_name
         if not remote_code.exists() or not remote_code.samefile(__file__):
             shutil.copyfile(__file__, remote_code)
+
+    @property
+    def _is_adapter(self) -> bool:
+        """True if checkpoints hold an adapter, be it beside a frozen base or a LoRA on every token."""
+        return self.freeze_base or self._has_lora
 
     @property
     def _has_lora(self) -> bool:
@@ -2078,6 +2109,44 @@ class _Evaluating:
     def __exit__(self, *exc_info: object) -> None:
         if self.is_needed:
             self.module.train(self.was_training)
+
+
+class _Gathered:
+    """Context in which parameters sharded over processes (FSDP2) are whole; True where they are, and may be written.
+
+    That is the first process, on its CPU, or any process of a model that is not sharded. All processes have to enter
+    it, and leave it together.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        owners = [(owner, name, p) for owner in module.modules() for name, p in owner._parameters.items()]
+        self.sharded: list[tuple[nn.Module, str, Any]] = [entry for entry in owners if hasattr(entry[2], "full_tensor")]
+
+    def __enter__(self) -> bool:
+        if not self.sharded:
+            return True
+        is_first = torch.distributed.get_rank() == 0
+        whole: dict[int, nn.Parameter] = {}  # one for all owners of a tied weight
+        for owner, name, parameter in self.sharded:
+            if id(parameter) not in whole:
+                tensor = parameter.full_tensor().detach()
+                kept = tensor.cpu() if is_first else tensor.new_empty(0)
+                whole[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+            if is_first:
+                owner._parameters[name] = whole[id(parameter)]
+        return is_first
+
+    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+        for owner, name, parameter in self.sharded:
+            owner._parameters[name] = parameter
+        if self.sharded and error is None:
+            torch.distributed.barrier()
+
+
+def _value_of(parameter: Any) -> float:
+    """The number that a parameter holds; nan on a process that has no part of it (FSDP2). Shape: ``(1,)``"""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.item() if local.numel() else math.nan
 
 
 def _configured_ids(model: Any) -> set[int]:
