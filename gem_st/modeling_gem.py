@@ -16,13 +16,16 @@ Notation used for tensor shapes:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -1750,8 +1753,8 @@ class GemTransformer(InputModule):
                 "An adapter is saved without its base, and has to name it: set model[0].base_model_name_or_path (and "
                 "base_model_revision) to the base's Hub id."
             )
-        with _Gathered(self) as is_writer:
-            if is_writer:
+        with _Gathered(self) as is_first:
+            if is_first and _may_write():
                 self._write(Path(output_path), **kwargs)
 
     def _write(self, folder: Path, **kwargs: Any) -> None:
@@ -1797,10 +1800,15 @@ class GemTransformer(InputModule):
     @staticmethod
     def _require_versions(config_path: Path) -> None:
         """Add the versions needed to what Sentence Transformers has just written, and does not keep by itself."""
-        if config_path.exists():
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-            config["requirements"] = {**REQUIREMENTS, **config.get("requirements", {})}
-            config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        if not config_path.exists():
+            return
+        for _ in range(100):  # other processes of a training may be writing the same into it at this moment
+            with contextlib.suppress(json.JSONDecodeError):
+                config = json.loads(config_path.read_text(encoding="utf-8"))
+                config["requirements"] = {**REQUIREMENTS, **config.get("requirements", {})}
+                config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+                return
+            time.sleep(0.1)
 
     def _save_adapter(self, folder: Path) -> None:
         """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""
@@ -2159,11 +2167,26 @@ class _Evaluating:
             self.module.train(self.was_training)
 
 
-class _Gathered:
-    """Context in which parameters sharded over processes (FSDP2) are whole; True where they are, and may be written.
+def _may_write() -> bool:
+    """False where a trainer saves that leaves it to another process to write.
 
-    That is the first process, on its CPU, or any process of a model that is not sharded. All processes have to enter
-    it, and leave it together.
+    Trainers ask every process to save, since sharded weights take all of them, and Sentence Transformers passes that on
+    as it is; who is to write stands in the trainer's arguments alone.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        arguments: Any = getattr(frame.f_locals.get("self"), "args", None)
+        if hasattr(arguments, "should_save"):
+            return bool(arguments.should_save)
+        frame = frame.f_back
+    return True
+
+
+class _Gathered:
+    """Context in which parameters sharded over processes (FSDP2) are whole; True where they are.
+
+    That is on the CPU of the first process, or on any process of a model that is not sharded. All processes have to
+    enter it, and leave it together.
     """
 
     def __init__(self, module: nn.Module) -> None:
