@@ -703,6 +703,7 @@ class GemTransformer(InputModule):
         self._check_is_causal(base)
         if num_gem_tokens > 1 or freeze_base:
             self.require_attention_mask()
+        self.register_load_state_dict_pre_hook(_keep_quantized_weights)
         self._base_versions = self._count_changes()
         # `SentenceTransformer.add_adapter` ends up here.
         own_ids = None if freeze_base else self.gem_token_ids
@@ -2165,6 +2166,18 @@ class _Evaluating:
     def __exit__(self, *exc_info: object) -> None:
         if self.is_needed:
             self.module.train(self.was_training)
+
+
+def _keep_quantized_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Leave quantised weights as they are when a state is loaded.
+
+    They are never trained, and a trainer that resumes reads the checkpoint's base as it is stored, not quantised.
+    """
+    for name, weight in module.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
+        if not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
+            for key in [key for key in state_dict if key.startswith(f"{name}.")]:  # scales and the like
+                del state_dict[key]
+            state_dict[name] = weight.data
 
 
 def _may_write() -> bool:
