@@ -20,6 +20,7 @@ from .conftest import CORPUS, ROOT
 from .train_distributed import JOBS, make_model, train
 
 TEXTS = CORPUS * 2
+ENGINES = ["ddp", "fsdp2"]
 CONFIGS = ROOT / "examples" / "accelerate"
 
 
@@ -41,19 +42,29 @@ def alone(base, tmp_path_factory) -> Callable[[str], tuple[Path, dict]]:
     return run
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def together(request, base, tmp_path_factory) -> tuple[str, Path]:
-    """All jobs, trained by two processes with one of the configurations in examples/accelerate."""
-    folder = tmp_path_factory.mktemp(request.param)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{request.param}.yaml"]
+@pytest.fixture(scope="module")
+def launched(base, tmp_path_factory) -> Callable[[str], Path]:
+    """Function that trains all jobs by two processes with a configuration of examples/accelerate; gives the folder."""
+    folders: dict[str, Path] = {}
+
+    def run(engine: str) -> Path:
+        if engine not in folders:
+            folders[engine] = launch(engine, base, tmp_path_factory.mktemp(engine))
+        return folders[engine]
+
+    return run
+
+
+def launch(engine: str, base: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{engine}.yaml"]
     options = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     script = [ROOT / "tests" / "train_distributed.py", base, folder, json.dumps(TEXTS)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if request.param == "ddp":
+    if engine == "ddp":
         env["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(list(map(str, [*launch, *options, *script])), env=env, capture_output=True, text=True)
+    done = subprocess.run(list(map(str, [*command, *options, *script])), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return request.param, folder
+    return folder
 
 
 def load(folder: Path) -> SentenceTransformer:
@@ -66,9 +77,10 @@ def weights_of(model: SentenceTransformer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
-def test_two_processes_train_what_one_does(base, alone, together, name):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_what_one_does(base, alone, launched, engine, name):
     """The weights after three steps of SGD, as the checkpoint has them, are those of the same global batches."""
-    engine, folder = together
+    folder = launched(engine)
     results = json.loads((folder / f"{name}.json").read_text())
     reference, expected = alone(name)
     assert bool(results[0]["sharded"]) == (engine == "fsdp2")
@@ -94,9 +106,17 @@ def test_two_processes_train_what_one_does(base, alone, together, name):
 
 
 @pytest.mark.slow
+def test_two_processes_resume_to_the_same_weights(launched):
+    folder = launched("ddp")
+    assert json.loads((folder / "resume.json").read_text()) == [True, True]
+    assert (folder / "resume" / "checkpoint-3" / "rng_state_1.pth").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
-def test_a_checkpoint_is_written_once_and_embeds_what_one_process_embeds(alone, together, name):
-    _, folder = together
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_checkpoint_is_written_once_and_embeds_what_one_process_embeds(alone, launched, engine, name):
+    folder = launched(engine)
     first, second = json.loads((folder / f"{name}.json").read_text())
     assert first["written"]
     assert len(first["written"]) == len(set(first["written"]))

@@ -17,6 +17,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors import torch as safetensors_torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from torch import nn
 
 from gem_st import GemLoss, GemTransformer
 
@@ -106,6 +107,35 @@ def train(base: str, folder: str, texts: list[str], job: dict[str, Any]) -> dict
     }
 
 
+def resume(base: str, folder: str, texts: list[str]) -> bool:
+    """Whether training on random rows, resumed in the middle of an epoch, ends in the weights of one that was not."""
+    ends = []
+    for checkpoint in (None, f"{folder}/checkpoint-3"):
+        model = make_model(base, freeze_base=False, lora=False)
+        arguments = SentenceTransformerTrainingArguments(
+            f"{folder}-resumed" if checkpoint else folder,
+            max_steps=6,
+            save_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict({"text": texts[:8]}),
+            loss=GemLoss(model, alpha=0.5, plain_ratio=0.5, token_dropout=0.5),
+        )
+        if checkpoint:
+            nn.utils.vector_to_parameters(torch.ones(sum(p.numel() for p in model.parameters())), model.parameters())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        ends.append([weight.detach().clone() for weight in model.parameters()])
+    return all(map(torch.equal, *ends))
+
+
 def run_jobs(base: str, folder: str, texts: list[str]) -> None:
     is_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if is_fsdp:
@@ -119,6 +149,10 @@ def run_jobs(base: str, folder: str, texts: list[str]) -> None:
         result = train(base, f"{folder}/{name}", texts, job)
         torch.distributed.all_gather_object(results, result)
         Path(folder, f"{name}.json").write_text(json.dumps(results))
+    if not is_fsdp:
+        is_same = [None] * 2
+        torch.distributed.all_gather_object(is_same, resume(base, f"{folder}/resume", texts))
+        Path(folder, "resume.json").write_text(json.dumps(is_same))
     torch.distributed.destroy_process_group()
 
 
