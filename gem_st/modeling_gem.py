@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -1737,7 +1738,8 @@ class GemTransformer(InputModule):
             safe_serialization: Only True: weights are always safetensors.
             **kwargs: Passed to ``save_pretrained`` of the model, e.g. ``max_shard_size="5GB"``.
 
-        Weights sharded over processes (FSDP2) are gathered, for which every process has to call this; the first writes.
+        Weights sharded over processes (FSDP2, ZeRO 3) are gathered, for which every process has to call this; the first
+        one writes.
 
         Raises:
             ValueError: If ``safe_serialization`` is False, there is no adapter to be saved alone, or the base beside
@@ -2196,18 +2198,23 @@ def _may_write() -> bool:
 
 
 class _Gathered:
-    """Context in which parameters sharded over processes (FSDP2) are whole; True where they are.
+    """Context in which parameters sharded over processes (FSDP2, ZeRO 3) are whole; True where they are.
 
-    That is on the CPU of the first process, or on any process of a model that is not sharded. All processes have to
-    enter it, and leave it together.
+    That is on the first process, or on any process of a model that is not sharded. All processes have to enter it, and
+    leave it together.
     """
 
     def __init__(self, module: nn.Module) -> None:
         owners = [(owner, name, p) for owner in module.modules() for name, p in owner._parameters.items()]
         self.sharded: list[tuple[nn.Module, str, Any]] = [entry for entry in owners if hasattr(entry[2], "full_tensor")]
+        self.by_deepspeed: Any = None
+        if partitioned := [p for p in module.parameters() if hasattr(p, "ds_id")]:
+            self.by_deepspeed = importlib.import_module("deepspeed").zero.GatheredParameters(partitioned)
 
     def __enter__(self) -> bool:
-        if not self.sharded:
+        if self.by_deepspeed is not None:
+            self.by_deepspeed.__enter__()
+        elif not self.sharded:
             return True
         is_first = torch.distributed.get_rank() == 0
         whole: dict[int, nn.Parameter] = {}  # one for all owners of a tied weight
@@ -2223,7 +2230,9 @@ class _Gathered:
     def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
         for owner, name, parameter in self.sharded:
             owner._parameters[name] = parameter
-        if self.sharded and error is None:
+        if self.by_deepspeed is not None:
+            self.by_deepspeed.__exit__(error, *details)
+        if (self.sharded or self.by_deepspeed is not None) and error is None:
             torch.distributed.barrier()
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from .conftest import CORPUS, ROOT
 from .train_distributed import JOBS, make_model, train
 
 TEXTS = CORPUS * 2
-ENGINES = ["ddp", "fsdp2"]
+NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+ENGINES = ["ddp", "fsdp2", *(pytest.param(f"deepspeed_zero{i}", marks=NEEDS_DEEPSPEED) for i in (2, 3))]
 CONFIGS = ROOT / "examples" / "accelerate"
 
 
@@ -59,7 +61,7 @@ def launch(engine: str, base: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{engine}.yaml"]
     options = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     script = [ROOT / "tests" / "train_distributed.py", base, folder, json.dumps(TEXTS)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if engine == "ddp":
         env["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(list(map(str, [*command, *options, *script])), env=env, capture_output=True, text=True)
@@ -83,7 +85,7 @@ def test_two_processes_train_what_one_does(base, alone, launched, engine, name):
     folder = launched(engine)
     results = json.loads((folder / f"{name}.json").read_text())
     reference, expected = alone(name)
-    assert bool(results[0]["sharded"]) == (engine == "fsdp2")
+    assert bool(results[0]["sharded"]) == (engine in ("fsdp2", "deepspeed_zero3"))
     for key in ("loss", "grad_norm", "eval_loss"):
         values = [[entry[key] for entry in each["log"] if key in entry] for each in (results[0], expected)]
         assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-6)

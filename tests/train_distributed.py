@@ -18,6 +18,7 @@ from peft import LoraConfig
 from safetensors import torch as safetensors_torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gem_st import GemLoss, GemTransformer
 
@@ -45,6 +46,11 @@ def make_model(base: str, freeze_base: bool, lora: bool) -> SentenceTransformer:
             if "lora_B" in name:
                 weight.normal_(std=0.1)
     return model
+
+
+def is_sharded(weight: Any) -> bool:
+    """True for a weight of which this process holds a part (FSDP2, ZeRO 3)."""
+    return hasattr(weight, "full_tensor") or getattr(weight, "ds_numel", weight.numel()) != weight.numel()
 
 
 @contextmanager
@@ -94,6 +100,8 @@ def train(base: str, folder: str, texts: list[str], job: dict[str, Any]) -> dict
         eval_dataset=data,
         loss=GemLoss(model, gather_across_devices=True, **loss),
     )
+    if (plugin := trainer.accelerator.state.deepspeed_plugin) and plugin.zero_stage == 3:  # shards no weight this small
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     trainer.train()
     losses = [trainer.evaluate()["eval_loss"] for _ in range(2)]
     with count_files_written() as written:
@@ -101,7 +109,7 @@ def train(base: str, folder: str, texts: list[str], job: dict[str, Any]) -> dict
     return {
         "log": trainer.state.log_history,
         "eval_losses": losses,
-        "sharded": [name for name, weight in trainer.model.named_parameters() if hasattr(weight, "full_tensor")],
+        "sharded": [name for name, weight in trainer.model.named_parameters() if is_sharded(weight)],
         "sum": sum(float(weight.detach().double().sum()) for weight in trainer.model.parameters()),
         "written": written,
     }
@@ -137,19 +145,20 @@ def resume(base: str, folder: str, texts: list[str]) -> bool:
 
 
 def run_jobs(base: str, folder: str, texts: list[str]) -> None:
-    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if is_fsdp:
+    is_fsdp, is_deepspeed = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    if is_fsdp or is_deepspeed:
         # accelerate shards on accelerators only: it is told that there are some, namely CPUs joined by gloo.
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     for name, job in JOBS.items():
         if is_fsdp and "freeze_base" in job:
             os.environ["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP"  # as the launcher's --fsdp_auto_wrap_policy sets it
+        unset_hf_deepspeed_config()
         results = [None] * 2
         result = train(base, f"{folder}/{name}", texts, job)
         torch.distributed.all_gather_object(results, result)
         Path(folder, f"{name}.json").write_text(json.dumps(results))
-    if not is_fsdp:
+    if not (is_fsdp or is_deepspeed):
         is_same = [None] * 2
         torch.distributed.all_gather_object(is_same, resume(base, f"{folder}/resume", texts))
         Path(folder, "resume.json").write_text(json.dumps(is_same))
