@@ -49,6 +49,8 @@ INNER = {
     "batch hard": (lambda model, _: losses.BatchHardTripletLoss(model), SINGLE, "class"),
     "triplet": (lambda model, _: losses.TripletLoss(model), TRIPLET, ""),
     "mse": (lambda model, _: losses.MSELoss(model), SINGLE, "teacher"),
+    "embed distill": (lambda model, _: losses.EmbedDistillLoss(model), SINGLE, "teacher"),
+    "orthogonal": (lambda model, _: losses.GlobalOrthogonalRegularizationLoss(model), PAIR, ""),
     "margin mse": (lambda model, _: losses.MarginMSELoss(model), TRIPLET, "margin"),
     "mega batch": (lambda model, _: losses.MegaBatchMarginLoss(model, mini_batch_size=2), PAIR, ""),
     "matryoshka": (
@@ -70,6 +72,7 @@ def gradients(loss: torch.nn.Module, model: SentenceTransformer, columns, labels
     model.zero_grad()
     torch.manual_seed(0)
     value = loss([model.preprocess(list(column)) for column in columns], labels)
+    value = sum(value.values()) if isinstance(value, dict) else value
     value.backward()
     return value.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -218,6 +221,24 @@ def test_the_mini_batch_size_of_an_inner_loss_is_taken_over(make_model):
 
 
 # ---- in the trainer
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"bf16": True}, {"gradient_accumulation_steps": 2}]
+)
+def test_mini_batches_go_with_other_savings(make_model, tmp_path, options):
+    weights = []
+    for size in (None, 2):
+        model = make_model(num_gem_tokens=2)
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=make_arguments(tmp_path, learning_rate=1e-3, optim="sgd", **options),
+            train_dataset=Dataset.from_dict({"text": CORPUS * 2}),
+            loss=GemLoss(model, alpha=0.5, mini_batch_size=size),
+        )
+        trainer.train()
+        weights.append(model[0].model.get_input_embeddings().weight.detach())
+    torch.testing.assert_close(*weights, atol=1e-3 if "bf16" in options else 1e-5, rtol=1e-4)
 
 
 def make_arguments(tmp_path, **kwargs):
