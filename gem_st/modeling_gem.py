@@ -16,12 +16,17 @@ Notation used for tensor shapes:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import importlib
+import inspect
 import json
 import math
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -734,6 +739,7 @@ class GemTransformer(InputModule):
         self._can_pack = self._probe_packing()
         if num_gem_tokens > 1 or freeze_base:
             self.require_attention_mask()
+        self.register_load_state_dict_pre_hook(_keep_quantized_weights)
         self._base_versions = self._count_changes()
         # `SentenceTransformer.add_adapter` ends up here.
         own_ids = None if freeze_base else self.gem_token_ids
@@ -832,12 +838,31 @@ class GemTransformer(InputModule):
 
     def _freeze(self) -> None:
         """Freeze the model; beside it, make GEM embeddings, and a second model of the same weights for a LoRA."""
+        self._check_sharding()
         self.model.requires_grad_(False)
         self.model.eval()
         self.adapter_model = share_weights(self.model)
         used = torch.arange(max(self.tokenizer.get_vocab().values()) + 1, device=self.model.device)
         rows = draw_gem_rows(self.model.get_input_embeddings()(used), self.num_gem_tokens)
         self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
+
+    def _check_sharding(self) -> None:
+        """Refuse to be sharded layer by layer: a frozen base has two containers around the weights of each layer.
+
+        Raises:
+            ValueError: If `accelerate launch` was told to.
+        """
+        if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+            return
+        policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")
+        wrapped = set(os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(","))
+        holders = {type(module).__name__ for module in self.model.modules() if any(module.children())}
+        if policy == "SIZE_BASED_WRAP" or (policy == "TRANSFORMER_BASED_WRAP" and wrapped & holders):
+            raise ValueError(
+                f"FSDP is to shard by {policy} {sorted(wrapped & holders)}, but freeze_base=True shares the weights of "
+                "each layer between base and adapter. Use DDP (a frozen base has few gradients), or FSDP2 with "
+                "fsdp_auto_wrap_policy: NO_WRAP."
+            )
 
     @property
     def _gem_model(self) -> Any:
@@ -1025,7 +1050,7 @@ class GemTransformer(InputModule):
         save_base = self.save_base and not self._has_lora
         settings = {
             **super().get_config_dict(),
-            "logit_scale": self.logit_scale.item(),
+            "logit_scale": _value_of(self.logit_scale),
             "save_base": save_base,
             "remote_code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         }
@@ -1791,6 +1816,9 @@ class GemTransformer(InputModule):
             safe_serialization: Only True: weights are always safetensors.
             **kwargs: Passed to ``save_pretrained`` of the model, e.g. ``max_shard_size="5GB"``.
 
+        Weights sharded over processes (FSDP2, ZeRO 3) are gathered, for which every process has to call this; the first
+        one writes.
+
         Raises:
             ValueError: If ``safe_serialization`` is False, there is no adapter to be saved alone, or the base beside
                 an adapter was changed.
@@ -1801,31 +1829,40 @@ class GemTransformer(InputModule):
             raise ValueError(
                 "save_base=False needs an adapter: freeze_base=True, or model.add_adapter(LoraConfig(...))."
             )
-        folder = Path(output_path)
-        is_adapter = self.freeze_base or self._has_lora
-        if is_adapter and not (self.freeze_base and self.save_base) and not self.base_model_name_or_path:
+        if self._is_adapter and not (self.freeze_base and self.save_base) and not self.base_model_name_or_path:
             raise ValueError(
                 "An adapter is saved without its base, and has to name it: set model[0].base_model_name_or_path (and "
                 "base_model_revision) to the base's Hub id."
             )
-        if is_adapter:
+        with _Gathered(self) as is_first:
+            if is_first and _may_write():
+                self._write(Path(output_path), **kwargs)
+
+    def _write(self, folder: Path, **kwargs: Any) -> None:
+        """Write a checkpoint of weights that are whole in memory."""
+        if self._is_adapter:
             self._check_base_unchanged()
         self._remove_leftovers(folder)
         if self.freeze_base and self.save_base:
             self._copy_base(folder, **kwargs)
-        elif not is_adapter:
+        elif not self._is_adapter:
             self.model.save_pretrained(folder, **kwargs)
         if self.save_base and not self._has_lora:
             if backend := getattr(self.tokenizer, "backend_tokenizer", None):
                 backend.no_truncation()
-            self.save_tokenizer(output_path)
-        if is_adapter:
+            self.save_tokenizer(str(folder))
+        if self._is_adapter:
             self._save_adapter(folder / self.adapter_folder)
-        self.save_config(output_path)
+        self.save_config(str(folder))
         self._require_versions(folder / "config_sentence_transformers.json")
         remote_code = folder / self.remote_code_file_name
         if not remote_code.exists() or not remote_code.samefile(__file__):
             shutil.copyfile(__file__, remote_code)
+
+    @property
+    def _is_adapter(self) -> bool:
+        """True if checkpoints hold an adapter, be it beside a frozen base or a LoRA on every token."""
+        return self.freeze_base or self._has_lora
 
     @property
     def _has_lora(self) -> bool:
@@ -1844,10 +1881,15 @@ class GemTransformer(InputModule):
     @staticmethod
     def _require_versions(config_path: Path) -> None:
         """Add the versions needed to what Sentence Transformers has just written, and does not keep by itself."""
-        if config_path.exists():
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-            config["requirements"] = {**REQUIREMENTS, **config.get("requirements", {})}
-            config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        if not config_path.exists():
+            return
+        for _ in range(100):  # other processes of a training may be writing the same into it at this moment
+            with contextlib.suppress(json.JSONDecodeError):
+                config = json.loads(config_path.read_text(encoding="utf-8"))
+                config["requirements"] = {**REQUIREMENTS, **config.get("requirements", {})}
+                config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+                return
+            time.sleep(0.1)
 
     def _save_adapter(self, folder: Path) -> None:
         """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""
@@ -2204,6 +2246,78 @@ class _Evaluating:
     def __exit__(self, *exc_info: object) -> None:
         if self.is_needed:
             self.module.train(self.was_training)
+
+
+def _keep_quantized_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Leave quantised weights as they are when a state is loaded.
+
+    They are never trained, and a trainer that resumes reads the checkpoint's base as it is stored, not quantised.
+    """
+    for name, weight in module.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
+        if not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
+            for key in [key for key in state_dict if key.startswith(f"{name}.")]:  # scales and the like
+                del state_dict[key]
+            state_dict[name] = weight.data
+
+
+def _may_write() -> bool:
+    """False where a trainer saves that leaves it to another process to write.
+
+    Trainers ask every process to save, since sharded weights take all of them, and Sentence Transformers passes that on
+    as it is; who is to write stands in the trainer's arguments alone.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        arguments: Any = getattr(frame.f_locals.get("self"), "args", None)
+        if hasattr(arguments, "should_save"):
+            return bool(arguments.should_save)
+        frame = frame.f_back
+    return True
+
+
+class _Gathered:
+    """Context in which parameters sharded over processes (FSDP2, ZeRO 3) are whole; True where they are.
+
+    That is on the first process, or on any process of a model that is not sharded. All processes have to enter it, and
+    leave it together.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        owners = [(owner, name, p) for owner in module.modules() for name, p in owner._parameters.items()]
+        self.sharded: list[tuple[nn.Module, str, Any]] = [entry for entry in owners if hasattr(entry[2], "full_tensor")]
+        self.by_deepspeed: Any = None
+        if partitioned := [p for p in module.parameters() if hasattr(p, "ds_id")]:
+            self.by_deepspeed = importlib.import_module("deepspeed").zero.GatheredParameters(partitioned)
+
+    def __enter__(self) -> bool:
+        if self.by_deepspeed is not None:
+            self.by_deepspeed.__enter__()
+        elif not self.sharded:
+            return True
+        is_first = torch.distributed.get_rank() == 0
+        whole: dict[int, nn.Parameter] = {}  # one for all owners of a tied weight
+        for owner, name, parameter in self.sharded:
+            if id(parameter) not in whole:
+                tensor = parameter.full_tensor().detach()
+                kept = tensor.cpu() if is_first else tensor.new_empty(0)
+                whole[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+            if is_first:
+                owner._parameters[name] = whole[id(parameter)]
+        return is_first
+
+    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+        for owner, name, parameter in self.sharded:
+            owner._parameters[name] = parameter
+        if self.by_deepspeed is not None:
+            self.by_deepspeed.__exit__(error, *details)
+        if (self.sharded or self.by_deepspeed is not None) and error is None:
+            torch.distributed.barrier()
+
+
+def _value_of(parameter: Any) -> float:
+    """The number that a parameter holds; nan on a process that has no part of it (FSDP2). Shape: ``(1,)``"""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.item() if local.numel() else math.nan
 
 
 def _configured_ids(model: Any) -> set[int]:

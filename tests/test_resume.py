@@ -132,8 +132,11 @@ def uninterrupted(make_base, tmp_path_factory) -> Callable[[bool], dict]:
     return get
 
 
-@pytest.mark.parametrize("freeze_base", [False, True], ids=["full", "frozen"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "freeze_base"),
+    [*((place, False) for place in PLACES), *((place, True) for place in PLACES if place != "rng_state.pth")],
+)
 def test_a_killed_training_goes_on_to_the_same_weights(make_base, uninterrupted, tmp_path, place, freeze_base):
     base, folder = str(make_base(attention_dropout=0.1)), tmp_path / "out"
     assert run(base, freeze_base, str(folder), place) == -signal.SIGKILL

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -158,49 +155,6 @@ def test_one_loss_in_two_trainers_follows_the_one_that_runs(make_model, tmp_path
     first.train()
     assert logged(first, "alpha") == [0, 1, 1, 1, 1, 1]
     assert not logged(second, "alpha")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("freeze_base", [False, True])
-def test_two_processes_train_and_evaluate_like_one_model(make_base, tmp_path, freeze_base):
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"""
-import sys
-import torch
-from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from gem_st import AlphaSchedule, GemLoss, GemTransformer
-
-torch.manual_seed(0)
-gem = GemTransformer({str(make_base())!r}, num_gem_tokens=2, freeze_base={freeze_base})
-model = SentenceTransformer(modules=[gem], device="cpu")
-arguments = SentenceTransformerTrainingArguments(
-    sys.argv[1], max_steps=4, per_device_train_batch_size=2, per_device_eval_batch_size=2, learning_rate=1e-3,
-    report_to="none", save_strategy="no", use_cpu=True, ddp_backend="gloo", disable_tqdm=True,
-    eval_strategy="steps", eval_steps=2,
-)
-data = Dataset.from_dict({{"text": {CORPUS!r}}})
-trainer = SentenceTransformerTrainer(
-    model=model, args=arguments, train_dataset=data, eval_dataset=data,
-    loss=GemLoss(model, alpha=AlphaSchedule(1, 0.5, 0), plain_ratio=0.8),
-)
-trainer.train()
-losses = [trainer.evaluate()["eval_loss"] for _ in range(2)]
-assert losses[0] == losses[1], losses
-alphas = {{entry["eval_alpha"] for entry in trainer.state.log_history if "eval_alpha" in entry}}
-assert alphas == {{0.5}}, alphas
-total = sum(p.double().sum() for p in model.parameters())
-sums = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
-torch.distributed.all_gather(sums, total.detach())
-assert sums[0] == sums[1], sums
-torch.distributed.destroy_process_group()
-"""
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(tmp_path / "out")], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_another_loss_of_sentence_transformers_trains_it_too(make_model, tmp_path):

@@ -1,0 +1,156 @@
+"""The four modes of the example: each trains, is saved and reloaded, is resumed, and is merged or says why not."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from transformers import BitsAndBytesConfig
+
+from gem_st import GemLoss
+
+from .conftest import CORPUS, ROOT
+
+QLORA = pytest.param(
+    "qlora", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra qlora")
+)
+MODES = ["full", "frozen", "lora", QLORA]
+QUANTIZED = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+
+
+def load_example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+EXAMPLE = load_example("train_self_supervised")
+
+
+def load(folder: Path, mode: str) -> SentenceTransformer:
+    options = {"dtype": torch.float32, **(QUANTIZED if mode == "qlora" else {})}
+    return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", model_kwargs=options)
+
+
+def train(base: Path, mode: str, folder: Path, resume: str | None = None) -> SentenceTransformer:
+    """Six steps, saved after four, of rows and views that are drawn at random."""
+    torch.manual_seed(0 if resume is None else 1)
+    model = EXAMPLE.build_model(str(base), mode, 2).to("cpu")
+    arguments = SentenceTransformerTrainingArguments(
+        str(folder),
+        max_steps=6,
+        save_steps=4,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"text": CORPUS}),
+        loss=GemLoss(model, alpha=0.5, plain_ratio=0.5, token_dropout=0.5),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(folder))
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained(make_base, tmp_path_factory) -> Any:
+    """Function that gives a trained model of a mode and its folder."""
+    results: dict[str, tuple[SentenceTransformer, Path]] = {}
+
+    def get(mode: str) -> tuple[SentenceTransformer, Path]:
+        if mode not in results:
+            folder = tmp_path_factory.mktemp(mode)
+            results[mode] = train(make_base(), mode, folder), folder
+        return results[mode]
+
+    return get
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_was_trained_is_saved_and_reloaded(make_base, trained, mode):
+    model, folder = trained(mode)
+    torch.manual_seed(0)
+    start = EXAMPLE.build_model(str(make_base()), mode, 2).to("cpu")
+    vectors = [each.encode(CORPUS, convert_to_tensor=True) for each in (model, load(folder, mode), start)]
+    assert torch.equal(vectors[1], vectors[0])
+    assert not torch.allclose(vectors[2], vectors[0], atol=1e-2)
+    names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert all(("lora_" in name) == (mode != "full") for name in names if "proj" in name)
+    assert any(weight.dtype == torch.uint8 for weight in model.parameters()) == (mode == "qlora")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_is_resumed_to_the_weights_of_an_uninterrupted_training(make_base, trained, tmp_path, mode):
+    model, folder = trained(mode)
+    resumed = train(make_base(), mode, tmp_path / "out", resume=str(folder / "checkpoint-4"))
+    expected, result = (dict(each.named_parameters()) for each in (model, resumed))
+    names = {name for name, weight in expected.items() if weight.requires_grad}
+    assert names == {name for name, weight in result.items() if weight.requires_grad}
+    for name in names:
+        assert torch.equal(result[name], expected[name]), name
+    assert torch.equal(*(each.encode(CORPUS, convert_to_tensor=True) for each in (model, resumed)))
+
+
+@pytest.mark.parametrize("mode", ["lora", QLORA])
+def test_a_lora_from_a_checkpoint_is_merged_into_a_float32_base(trained, tmp_path, mode):
+    folder = trained(mode)[1] / "checkpoint-4"
+    model = load(folder, "lora")  # qlora too: the checkpoint names the base as it is stored, not quantised
+    expected, text = model.encode(CORPUS, convert_to_tensor=True), model[0].generate("It rained", max_new_tokens=6)
+    model[0].merge()
+    assert torch.allclose(model.encode(CORPUS, convert_to_tensor=True), expected, atol=1e-5)
+    assert model[0].generate("It rained", max_new_tokens=6) == text
+    model.save_pretrained(str(tmp_path))
+    assert not (tmp_path / "gem_adapter").exists()
+    again = load(tmp_path, "full")
+    assert torch.equal(again.encode(CORPUS, convert_to_tensor=True), model.encode(CORPUS, convert_to_tensor=True))
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("full", r"There is no adapter to merge. model.add_adapter"),
+        ("frozen", "LoRA of a frozen base cannot be merged"),
+        pytest.param(
+            *("qlora", r"Merging into weights of torch.uint8 would round .* load it with .*float32.*, merge"),
+            marks=QLORA.marks,
+        ),
+    ],
+)
+def test_what_cannot_be_merged_says_what_to_do(trained, mode, message):
+    model, _ = trained(mode)
+    expected = model.encode(CORPUS, convert_to_tensor=True)
+    with pytest.raises(ValueError, match=message):
+        model[0].merge()
+    assert torch.equal(model.encode(CORPUS, convert_to_tensor=True), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_example_trains_and_resumes(make_base, tmp_path, monkeypatch, mode):
+    (tmp_path / "texts.txt").write_text("\n".join(CORPUS))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    resumed_from, run = [], EXAMPLE.SentenceTransformerTrainer.train
+
+    def note(trainer, resume_from_checkpoint=None):
+        resumed_from.append(resume_from_checkpoint)
+        return run(trainer, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(EXAMPLE.SentenceTransformerTrainer, "train", note)
+    options = ["--base", make_base(), "--texts", tmp_path / "texts.txt", "--output", tmp_path / "out", "--mode", mode]
+    for more in (["--steps", "2"], ["--steps", "3", "--resume"]):
+        monkeypatch.setattr("sys.argv", ["train", *map(str, options), "--batch-size", "4", *more])
+        EXAMPLE.main()
+    assert resumed_from == [None, str(tmp_path / "out" / "checkpoint-2")]
+    assert (tmp_path / "out" / "checkpoint-3").exists()
+    assert load(tmp_path / "out", mode).encode(CORPUS).shape == (8, 32)
