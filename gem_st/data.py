@@ -30,6 +30,7 @@ EXTENSIONS: dict[str, tuple[str, dict[str, Any]]] = {
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SCORE_COLUMNS = ("score", "label", "similarity_score")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")  # the second kind is followed by no space
+COLUMN_OPTIONS = {"training set": "--columns", "evaluation set": "--eval-columns"}
 SHUFFLE_BUFFER = 10_000
 """Rows of a stream that are held in memory to be drawn from."""
 
@@ -76,32 +77,34 @@ def load_source(source: str, *, split: str = "train", subset: str | None = None,
         ValueError: If it is not there, or of a kind that cannot be read.
     """
     from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
 
     path = Path(source).expanduser()
-    if path.is_file():
-        builder, options = _find_builder(path)
-        return load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
-    if path.is_dir() and (path / "state.json").exists():
+    is_named_as_file = path.is_absolute() or source.startswith(".") or _extension(path) in EXTENSIONS
+    if not path.exists() and is_named_as_file:
+        raise ValueError(f"There is no file or folder {source!r}. Give data, or a Hub id such as 'org/name'.")
+    if path.is_file() and _extension(path) not in EXTENSIONS:
+        raise ValueError(f"{source!r} is of no kind that can be read. Known are {', '.join(EXTENSIONS)}.")
+    if (path / "state.json").exists():
         saved = load_from_disk(str(path))
         return saved.to_iterable_dataset() if streaming else saved
-    if not path.is_dir() and (path.is_absolute() or source.startswith(".") or _extension(path) in EXTENSIONS):
-        raise ValueError(f"There is no file or folder {source!r}. Give data, or a Hub id such as 'org/name'.")
     try:
+        if path.is_file():
+            builder, options = EXTENSIONS[_extension(path)]
+            return load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
         return load_dataset(str(path) if path.is_dir() else source, subset, split=split, streaming=streaming)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
-        known = "a folder with csv, jsonl, parquet or txt files" if path.is_dir() else "a file, a folder or a Hub id"
-        raise ValueError(f"{source!r} cannot be read as {known} (split {split!r}): {error}") from error
+    except (DatasetsError, OSError, ValueError) as error:
+        kind = (
+            "a data set of the Hub" if not path.exists() else "a file" if path.is_file() else "a folder of such files"
+        )
+        raise ValueError(
+            f"{source!r} cannot be read as {kind} (split {split!r}): {error.__cause__ or error}"
+        ) from error
 
 
 def _extension(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
     return suffixes[-1] if suffixes else ""
-
-
-def _find_builder(path: Path) -> tuple[str, dict[str, Any]]:
-    if _extension(path) not in EXTENSIONS:
-        raise ValueError(f"{path} is of no kind that can be read. Known are {', '.join(EXTENSIONS)}.")
-    return EXTENSIONS[_extension(path)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def choose_columns(dataset: Any, wanted: list[str] | None, name: str) -> Any:
         dataset: A Dataset or IterableDataset.
         wanted: Names of columns, in the order in which GemLoss reads them. By default ``messages`` or ``text`` if there
             is one, otherwise all.
-        name: What the data set is called in errors.
+        name: What the data set is called in errors, a key of ``COLUMN_OPTIONS``.
 
     Raises:
         ValueError: If a column is missing or does not hold text; all columns are listed.
@@ -131,7 +134,7 @@ def choose_columns(dataset: Any, wanted: list[str] | None, name: str) -> Any:
             kinds = ", ".join(f"{key} ({kind})" for key, kind in features.items())
             raise ValueError(
                 f"Column {column!r} of the {name} holds {features[column]}, and not text. It has: {kinds}. Choose "
-                "columns of text with columns, e.g. --columns sentence1,sentence2."
+                f"columns of text: {COLUMN_OPTIONS[name]} sentence1,sentence2."
             )
     return dataset if kept == list(features) else dataset.select_columns(kept)
 
@@ -211,8 +214,17 @@ def set_aside(dataset: Any, num_rows: int | None, num_held_out: int, seed: int) 
     return shuffled.select(range(kept)), list(shuffled.select(range(kept, kept + count)))
 
 
-def load_eval(source: str, split: str, columns: list[str] | None, tokenizer: Any) -> tuple[Any, dict | None]:
+def load_eval(
+    source: str, split: str, columns: list[str] | None, train_columns: list[str], tokenizer: Any
+) -> tuple[Any, dict | None]:
     """Load an evaluation set: pairs with a score for a similarity evaluator, or texts for the evaluation loss.
+
+    Args:
+        source: What :func:`load_source` takes.
+        split: Its split.
+        columns: Its columns; by default two of text and a score, or those of the training set.
+        train_columns: Columns of the training set.
+        tokenizer: Of the base, for messages.
 
     Returns:
         Texts or None, and graded pairs or None, with scores brought to [0, 1]; exactly one of the two.
@@ -234,9 +246,10 @@ def load_eval(source: str, split: str, columns: list[str] | None, tokenizer: Any
     if scores:
         raise ValueError(
             f"The evaluation set has the score {scores[0]!r}, which takes two columns of text, but {texts}. Choose "
-            "three columns with eval_columns, e.g. --eval-columns sentence1,sentence2,score."
+            "three columns: --eval-columns sentence1,sentence2,score."
         )
-    return as_texts(dataset, columns, tokenizer, "evaluation set"), None
+    wanted = columns or (train_columns if features.keys() >= set(train_columns) else None)
+    return as_texts(dataset, wanted, tokenizer, "evaluation set"), None
 
 
 def grade_pairs(dataset: Any, texts: list[str], score: str) -> dict[str, list[Any]]:

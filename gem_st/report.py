@@ -35,7 +35,6 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
 td, th { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; }
 pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem; }
 """
@@ -210,6 +209,7 @@ def _draw_schedules(axes: Any, log_history: Any) -> None:
     for axis, key in zip(axes, ("alpha", "scale", "learning_rate"), strict=True):
         axis.plot(*curve(log_history, key), color="black")
         axis.set(title=key.replace("_", " "), xlabel="step")
+    axes[0].set(ylim=(-0.05, 1.05))
 
 
 def _draw_histograms(axes: Any, sides: Mapping[str, Mapping[str, Any]]) -> None:
@@ -219,7 +219,7 @@ def _draw_histograms(axes: Any, sides: Mapping[str, Mapping[str, Any]]) -> None:
         for key in ("negatives", "positives"):
             total = max(1, sum(side[key]))
             axis.bar(centers, [count / total for count in side[key]], width, alpha=0.6, label=key)
-        axis.set(title=name, xlabel="cosine similarity", ylabel="share", xlim=(-1, 1))
+        axis.set(title=name, xlabel="cosine similarity", ylabel="share", xlim=(-1, 1), xticks=(-1, -0.5, 0, 0.5, 1))
     axes[0].legend()
 
 

@@ -38,6 +38,9 @@ MODES = ("full", "frozen", "lora", "qlora")
 GENERATED = "generated.jsonl"
 """File in the output folder with the texts that the base wrote."""
 
+LARGE = 500_000_000
+"""Parameters from which the default learning rate of full training is too high."""
+
 POOLING = ("mean", "concat")
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -500,9 +503,14 @@ def train(config: TrainConfig) -> TrainResult:
     config.check()
     prepare_folder(config)
     data = load_data(config)
+    has_default_rate = config.learning_rate is None
     config = config.resolve(data.num_rows, data.columns, read_context(config))
     set_seed(config.seed)
     model = build_model(config)
+    if has_default_rate and config.mode == "full" and sum(p.numel() for p in model.parameters()) > LARGE:
+        logger.warning(
+            f"learning_rate {config.learning_rate} is for small bases; billions of weights take 1e-5 to 1e-4."
+        )
     loss = GemLoss(model, **loss_options(config))
     trainer = build_trainer(config, model, loss, data)
     _refuse_sharding(trainer)
@@ -512,7 +520,7 @@ def train(config: TrainConfig) -> TrainResult:
     trainer.train(resume_from_checkpoint=last_checkpoint(config.folder) if config.resume else None)
     after = measure(trainer, loss, data)
     content = {
-        "settings": config.describe(),
+        "settings": {name: _without_folders(value) for name, value in config.describe().items()},
         "versions": describe_versions(),
         "num_rows": data.num_rows,
         "columns": data.columns,
@@ -527,6 +535,11 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(
         config.folder, config.folder / "report.html", (before or {}).get("metrics", {}), after.get("metrics", {})
     )
+
+
+def _without_folders(value: Any) -> Any:
+    """A file or folder of this machine by its name alone, since reports are passed on."""
+    return Path(value).name if isinstance(value, str) and value and Path(value).exists() else value
 
 
 def prepare_folder(config: TrainConfig) -> None:
@@ -585,14 +598,16 @@ def load_data(config: TrainConfig, num_texts: int | None = None) -> TrainData:
             source = load_source(str(config.data), split=config.split, subset=config.subset, streaming=config.streaming)
             dataset = as_texts(source, config.columns, tokenizer, "training set")
         eval_set, graded = None, None
+        columns = list(dataset.column_names)
         if config.eval_data:
-            eval_set, graded = load_eval(config.eval_data, config.eval_split or "train", config.eval_columns, tokenizer)
+            wanted, split = config.eval_columns, config.eval_split or "train"
+            eval_set, graded = load_eval(config.eval_data, split, wanted, columns, tokenizer)
     rows, held_out = set_aside(dataset, config.num_rows, config.held_out, config.seed)
     num_rows = None if config.streaming else len(rows)
     if config.num_rows and num_rows is not None and num_rows < config.num_rows:
         logger.warning(f"The training set has {num_rows} of the {config.num_rows} rows that num_rows asks for.")
     held_out = [row for row in held_out if all(isinstance(text, str) and text.strip() for text in row.values())]
-    return TrainData(rows, list(dataset.column_names), num_rows, held_out, eval_set, graded)
+    return TrainData(rows, columns, num_rows, held_out, eval_set, graded)
 
 
 def self_generated(config: TrainConfig, at_most: int | None = None) -> list[str]:
