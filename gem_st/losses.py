@@ -5,38 +5,57 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.trainer import BaseTrainer
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.util import all_gather, all_gather_with_grad, batch_to_device, get_rank, get_world_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerState
 from transformers.utils import logging
 
+from .dataset_checks import check_dataset, warn_of_truncation
 from .model_card import CITATION, gem_of, use_gem_card
-from .training import AlphaSchedule
-from .views import NO_TARGET, TASKS, drop_tokens, join_row, split_rows
+from .training import AlphaSchedule, last_checkpoint
+from .views import NO_TARGET, PAIR_TASKS, TASKS, drop_tokens, fit_pair, join_row, split_rows
 
 logger = logging.get_logger(__name__)
 
 MAX_LOGIT_SCALE = math.log(100.0)
+MODEL_NAMES = ("model", "sentence_embedder")
+"""Names under which losses of Sentence Transformers hold the model they train."""
+NEED_MORE_THAN_EMBEDDINGS = (
+    losses.AdaptiveLayerLoss,
+    losses.ContrastiveTensionLoss,
+    losses.ContrastiveTensionLossInBatchNegatives,
+    losses.DenoisingAutoEncoderLoss,
+    losses.Matryoshka2dLoss,
+)
+DEFAULT_TASKS, WHOLE_TASKS = ("reconstruction", "continuation"), ("reconstruction",)
 LAST_STEP = 10**9
 """Step at which an alpha schedule is read where there is no training whose last step could be read."""
 
 
 def info_nce(
-    anchors: Tensor, candidates: Tensor, logit_scale: Tensor | float, same_text: Tensor | None = None
+    anchors: Tensor,
+    candidates: Tensor,
+    logit_scale: Tensor | float,
+    same_text: Tensor | None = None,
+    offset: int = 0,
 ) -> Tensor:
-    """InfoNCE on scaled cosine similarities: candidate ``i`` is the positive of anchor ``i``, all others negatives.
+    """InfoNCE on scaled cosine similarities: ``offset + i`` is the positive of anchor ``i``, all others negatives.
 
     Args:
         anchors: Embeddings. Shape: ``(B, D)``
         candidates: Embeddings of the positives, then of any further negatives. Shape: ``(at least B, D)``
         logit_scale: Factor on the similarities (not its log). Shape: ``()`` or ``(1,)``
         same_text: True where a candidate is no negative, from :func:`find_same_texts`. Shape: ``(B, at least B)``
+        offset: Index of the first anchor's positive.
 
     Returns:
         Mean loss in nats. Shape: ``()``
@@ -45,23 +64,91 @@ def info_nce(
     logits = similarities * logit_scale
     if same_text is not None:
         logits = logits.masked_fill(same_text, -torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(anchors), device=anchors.device))
+    return F.cross_entropy(logits, torch.arange(len(anchors), device=anchors.device) + offset)
 
 
-def find_same_texts(texts: Sequence[Tensor], num_anchors: int) -> Tensor:
+def text_keys(texts: Sequence[Tensor]) -> Tensor:
+    """A number for each text, the same in every process for the same token ids. Shapes: ``(T_i,)`` each -> ``(B,)``"""
+    return torch.tensor([hash(tuple(text.tolist())) for text in texts])
+
+
+def find_same_texts(keys: Tensor, num_anchors: int, offset: int = 0) -> Tensor:
     """Which candidates spell the same text as an anchor's positive, and are therefore no negatives of it.
 
     Args:
-        texts: Token ids of each candidate, positives first. Shape: ``(T_i,)`` each
-        num_anchors: B, the number of positives.
+        keys: Of each candidate, from :func:`text_keys`, positives first. Shape: ``(number of candidates,)``
+        num_anchors: B.
+        offset: Index of the first anchor's positive.
 
     Returns:
         True for the same text, except for the positive itself. Shape: ``(B, number of candidates)``
     """
-    keys: dict[tuple[int, ...], int] = {}
-    index = torch.tensor([keys.setdefault(tuple(text.tolist()), len(keys)) for text in texts])
-    same = index[:num_anchors, None] == index
-    return same & ~torch.eye(num_anchors, len(texts), dtype=torch.bool)
+    positives = torch.arange(num_anchors, device=keys.device) + offset
+    same = keys[positives, None] == keys
+    same[torch.arange(num_anchors), positives] = False
+    return same
+
+
+class _Plan(NamedTuple):
+    """How rows are made of a batch."""
+
+    tasks: tuple[str, ...]
+    plain_ratio: float
+    alpha: float | Callable[[int, int], float]
+
+
+@dataclass
+class _Column:
+    """Rows made of one column of the data."""
+
+    rows: list[tuple[Tensor, Tensor]]
+    """Token ids and labels. Shape: ``(T_i,)`` each"""
+    texts: list[Tensor]
+    """Token ids of what the embedding of each row stands for. Shape: ``(m_i,)`` each"""
+    others: dict[str, Any]
+    """What else belongs to the column, such as the ``task`` that a Router goes by."""
+
+
+class _Embedded(nn.Module):
+    """Stands in for the model in an inner loss, whose columns come embedded already."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__()
+        self._model = (model,)  # a tuple, so that the model is not registered twice
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_model":  # while being copied
+                raise
+            return getattr(self._model[0], name)
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        """The features as they are; they hold ``sentence_embedding``."""
+        return dict(features)
+
+
+class _BackwardOf(torch.autograd.Function):
+    """Value of a loss on detached embeddings, whose own backward pass gives the embeddings their gradient.
+
+    A loss that caches gradients goes backward in a hook on what it returns, once for each of its mini-batches; through
+    this node the model behind the embeddings sees one gradient for all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
+        """Take embeddings, shape ``(B, D)``, their detached twin and the loss on that; return the loss's value."""
+        ctx.parts = parts
+        return parts[1].detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Go backward through the inner loss."""
+        detached, loss = ctx.parts
+        if loss.requires_grad:
+            torch.autograd.backward(loss, gradients[0])
+        return detached.grad, None
 
 
 class GemLoss(nn.Module):
@@ -77,8 +164,10 @@ class GemLoss(nn.Module):
         model: SentenceTransformer model with a GemTransformer as its first module.
         plain_ratio: Share of plain rows, in [0, 1] (p in the paper). Defaults to 0.8, and beside a frozen base,
             which has nothing to learn from next-token prediction but what its GEM tokens hold, to 1.
-        tasks: Ways to make prefix and suffix, drawn evenly: ``"reconstruction"`` (the text twice),
-            ``"continuation"`` (cut at a random place; the row is then embedded by its first part).
+        tasks: Ways to make prefix and suffix, drawn evenly: ``"reconstruction"`` (the text twice), ``"continuation"``
+            (cut at a random place; the row is then embedded by its first part), and, of two columns, ``"summary"``
+            (context and summary) or ``"soft_prompt"`` (prompt and answer). By default the last two where the columns
+            of the trainer's data bear these names, otherwise the first two; reconstruction alone beside labels.
         token_dropout: Share of tokens deleted for the second view of a text, in [0, 1). Defaults to 0.7, and beside a
             frozen base to 0.85.
         alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
@@ -86,6 +175,13 @@ class GemLoss(nn.Module):
             0.7 where ``plain_ratio`` is below 1.
         scale: Initial factor on cosine similarities (1 / temperature), in [1, 100]. It is learned with the model;
             by default it starts at what the model holds, which is 20 for a new one.
+        inner: A loss of Sentence Transformers, made with the same model, instead of InfoNCE as the contrastive part.
+            It is given embeddings, not the model, so that a batch still takes one forward pass; the loss is then
+            GemLoss's own. Labels and scores of the data set go to it.
+        mini_batch_size: Rows whose activations are held at a time (GradCache, https://arxiv.org/abs/2101.06983): large
+            batches in the memory of small ones, for one more forward pass. Gradients are the same. Defaults to that
+            of a caching ``inner``.
+        gather_across_devices: Take the texts of all processes as in-batch negatives.
 
     References:
         - GEM: Empowering LLM for both Embedding Generation and Language Understanding, section 3:
@@ -93,7 +189,9 @@ class GemLoss(nn.Module):
 
     Requirements:
         1. One column of texts (self-supervised: the second view is the text with tokens deleted), or
-        2. (anchor, positive) pairs, (anchor, positive, negative) triplets or n-tuples (supervised).
+        2. (anchor, positive) pairs, (anchor, positive, negative) triplets or n-tuples (supervised), or
+        3. (context, summary) or (prompt, answer) pairs (self-supervised on both, with the task of that name), or
+        4. what ``inner`` takes.
 
     Inputs:
         +-------------------------------------------------+--------+
@@ -107,6 +205,10 @@ class GemLoss(nn.Module):
         +-------------------------------------------------+--------+
         | (anchor, positive, negative_1, ..., negative_n) | none   |
         +-------------------------------------------------+--------+
+        | (context, summary) or (prompt, answer) pairs    | none   |
+        +-------------------------------------------------+--------+
+        | what ``inner`` takes                            | its    |
+        +-------------------------------------------------+--------+
 
     Recommendations:
         - Train weights kept in float32 with ``bf16=True`` in the training arguments: in bfloat16, steps of a
@@ -114,7 +216,8 @@ class GemLoss(nn.Module):
         - Use ``BatchSamplers.NO_DUPLICATES`` with pairs, so that no in-batch negative equals a positive.
 
     Raises:
-        ValueError: If an option is out of range or the first module is not a GemTransformer.
+        ValueError: If an option is out of range, the first module is not a GemTransformer, or ``inner`` needs more than
+            embeddings or is of another model.
 
     Example:
         ::
@@ -134,46 +237,69 @@ class GemLoss(nn.Module):
         model: SentenceTransformer,
         *,
         plain_ratio: float | None = None,
-        tasks: Sequence[str] = ("reconstruction", "continuation"),
+        tasks: Sequence[str] | None = None,
         token_dropout: float | None = None,
         alpha: float | Callable[[int, int], float] | None = None,
         scale: float | None = None,
+        inner: nn.Module | None = None,
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
         gem = gem_of(model, "GemLoss")
-        if plain_ratio is None:
-            plain_ratio = 1.0 if gem.freeze_base else 0.8
+        if tasks is not None:
+            _check_tasks(tasks)
         if token_dropout is None:
             token_dropout = 0.85 if gem.freeze_base else 0.7
-        if alpha is None and gem.freeze_base:
-            alpha = 1.0 if plain_ratio == 1 else 0.7
-        _check_range("plain_ratio", plain_ratio, 0.0, 1.0)
+        if plain_ratio is not None:
+            _check_range("plain_ratio", plain_ratio, 0.0, 1.0)
         _check_range("token_dropout", token_dropout, 0.0, 0.99)
         if scale is not None:
             _check_range("scale", scale, 1.0, 100.0)
             nn.init.constant_(gem.logit_scale, math.log(scale))
-        if unknown := [task for task in tasks if task not in TASKS] or (plain_ratio < 1 and not tasks):
-            raise ValueError(f"tasks must be some of {sorted(TASKS)}, got {tasks!r} (not known: {unknown}).")
         if alpha is not None and not callable(alpha):
             _check_range("alpha", alpha, 0.0, 1.0)
+        if inner is not None and (scale is not None or gather_across_devices):
+            raise ValueError("scale and gather_across_devices belong to GemLoss's own InfoNCE; set those of `inner`.")
+        if inner is not None:
+            _give_embeddings_to(inner, model)
+            mini_batch_size = _mini_batch_size_of(inner) if mini_batch_size is None else mini_batch_size
+        if mini_batch_size is not None and mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be 1 or more, got {mini_batch_size}.")
         self.model = model
-        self.plain_ratio = plain_ratio
-        self.tasks = tuple(tasks)
+        self.inner = inner
         self.token_dropout = token_dropout
-        self.alpha = AlphaSchedule() if alpha is None else alpha
+        self.mini_batch_size = mini_batch_size
+        self.gather_across_devices = gather_across_devices
         self._gem: tuple[Any] = (gem,)  # a tuple, so that the module is not registered twice
+        self._given: tuple[Any, Any] = (plain_ratio, alpha)
+        self.tasks = None if tasks is None else tuple(tasks)
+        _, self.plain_ratio, self.alpha = self._plan()
         gem.check_output_head()
-        if plain_ratio < 1:
+        if self.plain_ratio < 1:
             gem.require_attention_mask()
         self.num_special = gem.num_special_tokens
         _warn_of_low_precision(gem)
         use_gem_card(model)
 
+    def _plan(self, column_names: Sequence[str] = (), has_labels: bool = False) -> _Plan:
+        """Tasks of a batch with these columns, and the defaults that depend on them."""
+        (gem,) = self._gem
+        by_name = [task for task, names in PAIR_TASKS.items() if names == tuple(column_names)]
+        tasks = self.tasks or by_name or (WHOLE_TASKS if has_labels else DEFAULT_TASKS)
+        plain_ratio, alpha = self._given
+        if plain_ratio is None:
+            plain_ratio = 0.8 if not gem.freeze_base else 1.0 if PAIR_TASKS.keys().isdisjoint(tasks) else 0.5
+        if alpha is None:
+            alpha = AlphaSchedule() if not gem.freeze_base else 1.0 if plain_ratio == 1 else 0.7
+        return _Plan(tuple(tasks), plain_ratio, alpha)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GemLoss:
-        """Check the data: a trainer moves its loss to the device while it is being built, and calls this."""
-        if (trainer := _find_trainer()) is not None:
-            _check_dataset(trainer.train_dataset, "training")
-            _check_dataset(trainer.eval_dataset, "evaluation")
+        """Look at the data: a trainer moves its loss to the device while it is being built, and calls this."""
+        if (trainer := _find_trainer()[0]) is not None:
+            for kind, data in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+                check_dataset(data, kind, takes_labels=self.inner is not None)
+            warn_of_truncation(self._gem[0], trainer.train_dataset)
         return super()._apply(fn, recurse)
 
     def current_alpha(self, state: TrainerState | None) -> float:
@@ -187,78 +313,179 @@ class GemLoss(nn.Module):
         Raises:
             ValueError: If ``alpha`` is a function and there is no trainer, or it returns a number outside [0, 1].
         """
-        if not callable(self.alpha):
-            return float(self.alpha)
+        return self._alpha_at(self.alpha, state)
+
+    def _alpha_at(self, alpha: float | Callable[[int, int], float], state: TrainerState | None) -> float:
+        if not callable(alpha):
+            return float(alpha)
         if state is None:
             raise ValueError(
                 "An alpha schedule needs a SentenceTransformerTrainer; outside one, pass alpha as a number."
             )
         last_step = state.max_steps or LAST_STEP  # 0 before a training
-        alpha = float(self.alpha(state.global_step if self._gem[0].training else last_step, last_step))
-        _check_range("alpha", alpha, 0.0, 1.0)
-        if state.global_step == 0 and self.alpha(last_step, last_step) == 0:
+        value = float(alpha(state.global_step if self._gem[0].training else last_step, last_step))
+        _check_range("alpha", value, 0.0, 1.0)
+        if state.global_step == 0 and alpha(last_step, last_step) == 0:
             logger.warning_once(
                 f"alpha stays 0 for all {last_step} steps of this training, so that embeddings are not trained to "
                 "differ. Pass alpha=AlphaSchedule(num_ntp_steps=...) with fewer steps, or a number."
             )
-        return alpha
+        return value
 
     # ---- the loss
 
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Loss of one batch.
 
         Args:
             sentence_features: For each column, ``input_ids`` and ``attention_mask``. Shape: ``(B, T)`` each
-            labels: None; GemLoss knows positives by their column.
+            labels: What ``inner`` takes, otherwise None: GemLoss knows positives by their column.
 
         Returns:
             ``(1 - alpha) * ntp + alpha * contrastive``. Shape: ``()``
+
+        Raises:
+            ValueError: If labels or columns are not those the loss takes.
+            FloatingPointError: If the loss is not a finite number, in training.
         """
-        if labels is not None:
+        if labels is not None and self.inner is None:
             raise ValueError(
                 "GemLoss takes texts only, but the dataset has a label or score column. Remove it with "
-                "dataset.remove_columns(...), or filter the pairs by it first."
+                "dataset.remove_columns(...), filter the pairs by it first, or give GemLoss a loss that takes it as "
+                "`inner`."
             )
         (gem,) = self._gem
-        trainer = _find_trainer()
-        alpha = self.current_alpha(trainer.state if trainer else None)
-        generator = None if gem.training else torch.Generator().manual_seed(0)
-        columns = [
-            split_rows(features["input_ids"], features["attention_mask"], gem.gem_token_ids)
-            for features in sentence_features
-        ]
+        trainer, names = _find_trainer()
+        plan = self._plan(names, labels is not None)
+        alpha = self._alpha_at(plan.alpha, trainer.state if trainer else None)
         with torch.no_grad():
             gem.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
-
-        rows, prefixes = self.build_rows([text for column in columns for text in column], generator)
-        if len(columns) == 1:
-            columns.append(prefixes)
-            rows += self.build_views(prefixes, generator)
-        # One pass through the wrapped model for everything: distributed training allows no more.
-        output = self.model({name: tensor.to(gem.model.device) for name, tensor in self.collate(rows).items()})
-        anchors, candidates = output["sentence_embedding"].split([len(columns[0]), len(rows) - len(columns[0])])
-        same_text = find_same_texts([text for column in columns[1:] for text in column], len(columns[0]))
-        contrastive = info_nce(anchors, candidates, output["logit_scale"], same_text.to(anchors.device))
-        ntp = output["ntp_loss"]
+        columns = self._build_columns(list(sentence_features), plan, labels is not None)
+        embeddings, ntp, scale = self._embed(columns)
+        if self.inner is None:
+            contrastive = self._info_nce(columns, embeddings, scale)
+        else:
+            contrastive = self._inner_loss(columns, embeddings, labels)
+        loss = (1 - alpha) * ntp + alpha * contrastive
+        parts = {"ntp": ntp, "contrastive": contrastive, "alpha": alpha, "scale": scale}
+        if gem.training:
+            self._check_finite(loss, parts, trainer, columns)
         if trainer is not None:
-            parts = {"ntp": ntp, "contrastive": contrastive, "alpha": alpha, "scale": output["logit_scale"]}
             trainer.track_loss_components(
                 {
                     name: torch.as_tensor(part, dtype=torch.float32, device=ntp.device).squeeze()
                     for name, part in parts.items()
                 }
             )
-        return (1 - alpha) * ntp + alpha * contrastive
+        return loss
+
+    def _build_columns(self, sentence_features: list[dict[str, Any]], plan: _Plan, has_labels: bool) -> list[_Column]:
+        """Make the rows of each column; of one without labels, which belong to whole texts, a second view as well."""
+        (gem,) = self._gem
+        generator = None if gem.training else torch.Generator().manual_seed(0)
+        texts = [split_rows(f["input_ids"], f["attention_mask"], gem.gem_token_ids) for f in sentence_features]
+        suffixes = None
+        if not PAIR_TASKS.keys().isdisjoint(plan.tasks):
+            if len(texts) != 2:
+                raise ValueError(f"tasks={plan.tasks} take two columns, prefix and suffix, but there are {len(texts)}.")
+            suffixes = [text[self.num_special :] for text in texts.pop()]
+        rows, prefixes = self.build_rows([text for column in texts for text in column], generator, suffixes, plan)
+        columns, size = [], len(texts[0])
+        for start, features in zip(range(0, len(rows), size), sentence_features, strict=False):
+            others = {name: value for name, value in features.items() if not isinstance(value, Tensor)}
+            columns.append(_Column(rows[start : start + size], prefixes[start : start + size], others))
+        if len(columns) == 1 and not has_labels:
+            columns.append(_Column(self.build_views(prefixes, generator), prefixes, columns[0].others))
+        return columns
+
+    def _embed(self, columns: Sequence[_Column]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Run all columns through the wrapped model, together but for those that a Router sends different ways.
+
+        Returns:
+            Embeddings of each column, shape ``(B, D)``; the next-token loss, shape ``()``, whose mean over processes
+            is that over all their targets; and the factor on similarities, shape ``(1,)``.
+        """
+        embeddings: dict[int, Tensor] = {}
+        losses, counts = [], []
+        for index, column in enumerate(columns):
+            if index in embeddings:
+                continue
+            group = [i for i, other in enumerate(columns) if other.others == column.others]
+            features: dict[str, Any] = self.collate([row for i in group for row in columns[i].rows])
+            if self.mini_batch_size is not None:
+                features["mini_batch_size"] = self.mini_batch_size
+            output = self.model({**column.others, **batch_to_device(features, self._gem[0].model.device)})
+            embeddings |= zip(
+                group, output["sentence_embedding"].split([len(columns[i].rows) for i in group]), strict=True
+            )
+            losses.append(output["ntp_loss"] * output["num_targets"])
+            counts.append(output["num_targets"])
+        num_targets = torch.stack(counts).sum()
+        if (num_processes := get_world_size()) > 1:
+            torch.distributed.all_reduce(num_targets)
+        ntp = torch.stack(losses).sum() * num_processes / num_targets.clamp(min=1)
+        return [embeddings[i] for i in range(len(columns))], ntp, output["logit_scale"]
+
+    def _info_nce(self, columns: Sequence[_Column], embeddings: Sequence[Tensor], scale: Tensor) -> Tensor:
+        """InfoNCE of the first column against all others. Shape: ``()``"""
+        anchors, candidates = embeddings[0], list(embeddings[1:])
+        keys = [text_keys(column.texts).to(anchors.device) for column in columns[1:]]
+        offset = 0
+        if self.gather_across_devices and get_world_size() > 1:
+            candidates = [all_gather_with_grad(candidate) for candidate in candidates]
+            keys = [all_gather(key) for key in keys]
+            offset = get_rank() * len(anchors)
+        same_text = find_same_texts(torch.cat(keys), len(anchors), offset)
+        return info_nce(anchors, torch.cat(candidates), scale, same_text, offset)
+
+    def _inner_loss(self, columns: Sequence[_Column], embeddings: Sequence[Tensor], labels: Tensor | None) -> Tensor:
+        """The inner loss, which sees texts without GEM tokens, and their embeddings. Shape: ``()``"""
+        assert self.inner is not None
+        joined = torch.cat(list(embeddings))
+        detached = joined.detach().requires_grad_(joined.requires_grad)
+        parts = detached.split([len(embedding) for embedding in embeddings])
+        features = []
+        for column, part in zip(columns, parts, strict=True):
+            tokens = batch_to_device(self._gem[0].pad(column.texts), part.device)
+            if tokens["input_ids"].shape[1] == part.shape[1]:
+                # Losses that cut mini-batches trim what is as wide as the tokens, which embeddings must not be.
+                tokens = {name: F.pad(tensor, (0, 1)) for name, tensor in tokens.items()}
+            features.append({**column.others, **tokens, "sentence_embedding": part})
+        loss = self.inner(features, labels)
+        if isinstance(loss, dict):
+            loss = torch.stack(list(loss.values())).sum()
+        return _BackwardOf.apply(joined, (detached, loss))
+
+    def _check_finite(
+        self, loss: Tensor, parts: dict[str, Any], trainer: BaseTrainer | None, columns: Sequence[_Column]
+    ) -> None:
+        """Stop before a step that would spoil the weights."""
+        if bool(torch.isfinite(loss).all()):
+            return
+        values = ", ".join(f"{name} {float(part):.4g}" for name, part in parts.items())
+        texts = [self._gem[0].tokenizer.decode(text, skip_special_tokens=True)[:60] for text in columns[0].texts[:3]]
+        where = "" if trainer is None else f" at step {trainer.state.global_step + 1} of {trainer.state.max_steps}"
+        saved = None if trainer is None else last_checkpoint(str(trainer.args.output_dir))
+        raise FloatingPointError(
+            f"The loss is {float(loss)}{where} ({values}), in a batch of {len(columns[0].texts)} that starts with "
+            f"{texts}. Weights were not changed by it. Go on from "
+            f"{saved or 'the start'} with a lower learning rate, a longer warm-up or float32."
+        )
 
     def build_rows(
-        self, texts: Sequence[Tensor], generator: torch.Generator | None = None
+        self,
+        texts: Sequence[Tensor],
+        generator: torch.Generator | None = None,
+        suffixes: Sequence[Tensor] | None = None,
+        plan: _Plan | None = None,
     ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
         """Make plain and bottleneck rows of texts (paper, section 3).
 
         Args:
             texts: Token ids without padding and GEM tokens. Shape: ``(T_i,)`` each
             generator: Source of randomness; torch's global one by default.
+            suffixes: What the summary and soft prompt tasks put behind them; part of the text in plain rows.
+            plan: Tasks and share of plain rows, those of one column of texts by default.
 
         Returns:
             Token ids and labels of each row, as :func:`gem_st.views.join_row` gives them; and the prefix of each row,
@@ -266,12 +493,19 @@ class GemLoss(nn.Module):
         """
         (gem,) = self._gem
         max_length = gem.max_seq_length - gem.num_gem_tokens
+        tasks, plain_ratio, _ = plan or self._plan()
         prefixes, rows = [], []
-        for text in texts:
+        for index, text in enumerate(texts):
             prefix, suffix = text, None
-            if torch.rand((), generator=generator) >= self.plain_ratio:
-                task = self.tasks[int(torch.randint(len(self.tasks), (), generator=generator))]
-                prefix, suffix = TASKS[task](text, max_length, self.num_special, generator)
+            given = None if suffixes is None else suffixes[index]
+            if torch.rand((), generator=generator) >= plain_ratio:
+                task = tasks[int(torch.randint(len(tasks), (), generator=generator))]
+                if given is not None and task in PAIR_TASKS:
+                    prefix, suffix = fit_pair(text, given, max_length)
+                else:
+                    prefix, suffix = TASKS[task](text, max_length, self.num_special, generator)
+            elif given is not None:
+                prefix = torch.cat([text, given])[:max_length]
             prefixes.append(prefix)
             row, labels = join_row(prefix, gem.gem_token_ids, suffix)
             if gem.freeze_base:
@@ -312,9 +546,12 @@ class GemLoss(nn.Module):
         """Options of this loss, for the model card."""
         return {
             "plain_ratio": self.plain_ratio,
-            "tasks": list(self.tasks),
+            "tasks": "by columns" if self.tasks is None else list(self.tasks),
             "token_dropout": self.token_dropout,
             "alpha": self.alpha if isinstance(self.alpha, float | int) else repr(self.alpha),
+            **({} if self.inner is None else {"inner": type(self.inner).__name__}),
+            **({} if self.mini_batch_size is None else {"mini_batch_size": self.mini_batch_size}),
+            **({"gather_across_devices": True} if self.gather_across_devices else {}),
         }
 
     @property
@@ -338,36 +575,59 @@ def _warn_of_low_precision(gem: Any) -> None:
         )
 
 
-def _find_trainer() -> BaseTrainer | None:
-    """The Sentence-Transformers trainer whose method is running, if any.
+def _find_trainer() -> tuple[BaseTrainer | None, list[str]]:
+    """The Sentence-Transformers trainer whose method is running, if any, and the columns of the batch it computes.
 
-    Sentence Transformers hands a loss neither the trainer nor the step. Both are needed: the step for ``alpha``, the
-    trainer's log for the parts of the loss.
+    Sentence Transformers hands a loss neither the trainer nor the step nor names of columns. All are needed: the step
+    for ``alpha``, the names for ``tasks``, the trainer's log for the parts of the loss.
     """
     frame = inspect.currentframe()
     while frame is not None:
         if isinstance(trainer := frame.f_locals.get("self"), BaseTrainer):
-            return trainer
+            inputs = frame.f_locals.get("inputs")
+            names = inputs if isinstance(inputs, dict) else ()
+            return trainer, [n.removesuffix("_input_ids") for n in names if n.endswith("_input_ids")]
         frame = frame.f_back
-    return None
+    return None, []
 
 
-def _check_dataset(dataset: Any, kind: str) -> None:
-    """Raise if a training or evaluation set cannot be used, before the first step.
+def _check_tasks(tasks: Sequence[str]) -> None:
+    known = sorted({*TASKS, *PAIR_TASKS})
+    if isinstance(tasks, str) or not tasks or any(task not in known for task in tasks):
+        raise ValueError(f"tasks must be some of {known}, got {tasks!r}.")
 
-    Columns are checked where there is one data set; of several, another loss may use some.
+
+def _mini_batch_size_of(inner: nn.Module) -> int | None:
+    """That of a loss which caches gradients, or of one inside it."""
+    sizes = (getattr(module, "mini_batch_size", None) for module in inner.modules())
+    return next((size for size in sizes if size is not None), None)
+
+
+def _give_embeddings_to(inner: nn.Module, model: SentenceTransformer) -> None:
+    """Have a loss, and those inside it, take the embeddings they are given instead of running the model.
 
     Raises:
-        ValueError: If it is empty, or a column is known not to hold text.
+        ValueError: If it is no loss of this model, or one that needs more of it than embeddings.
     """
-    parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
-    if any(hasattr(part, "__len__") and len(part) == 0 for part in parts):
-        raise ValueError(f"The {kind} set has no rows. Check how it was loaded, filtered or split.")
-    features = None if isinstance(dataset, dict) else getattr(dataset, "features", None)
-    for column, feature in (features or {}).items():
-        dtype = getattr(feature, "dtype", type(feature).__name__)
-        if dtype not in ("string", "large_string"):
+    if not isinstance(inner, nn.Module) or isinstance(inner, GemLoss):
+        name = getattr(inner, "__name__", type(inner).__name__)
+        raise ValueError(f"inner must be a loss of Sentence Transformers made with the model, got {name}.")
+    for module in inner.modules():
+        if isinstance(module, NEED_MORE_THAN_EMBEDDINGS):
             raise ValueError(
-                f"Column {column!r} of the {kind} set holds {dtype}, but GemLoss trains on columns of text. Drop it "
-                f"with dataset.remove_columns({column!r}); filter pairs by a label or score first, if you have one."
+                f"{type(module).__name__} needs layers, copies or tokens of the model, and can be no `inner` of "
+                "GemLoss. Train with it alone, or beside GemLoss in a dict of data sets and losses."
             )
+    places = [
+        (module, name, child)
+        for module in inner.modules()
+        for name, child in module.named_children()
+        if isinstance(child, SentenceTransformer | _Embedded) and name in MODEL_NAMES
+    ]
+    if not places:
+        raise ValueError(f"inner ({type(inner).__name__}) holds no model: is it a loss of Sentence Transformers?")
+    stand_in = _Embedded(model)
+    for module, name, child in places:
+        if (child._model[0] if isinstance(child, _Embedded) else child) is not model:
+            raise ValueError(f"inner ({type(module).__name__}) was made with another model than GemLoss.")
+        setattr(module, name, stand_in)

@@ -294,6 +294,11 @@ def next_token_loss(hidden_states: Tensor, labels: Tensor, lm_head: nn.Module, c
     return torch.cat(losses).mean()
 
 
+def count_targets(labels: Tensor) -> Tensor:
+    """Number of next-token targets, N. Shapes: ``(B, T)`` -> ``()``"""
+    return (labels[:, 1:] != -100).sum()
+
+
 def _token_losses(states: Tensor, targets: Tensor, lm_head: nn.Module, config: Any) -> Tensor:
     """Cross-entropy of each target. Shapes: ``(N, D)``, ``(N,)`` -> ``(N,)``"""
     return F.cross_entropy(output_logits(states, lm_head, config), targets, reduction="none")
@@ -1061,36 +1066,79 @@ class GemTransformer(InputModule):
 
         Args:
             features: ``input_ids`` and ``attention_mask``, padded on either side, shape ``(B, T)`` each. If it also
-                holds ``labels`` (token ids, -100 for no target, shape ``(B, T)``), the next-token loss is computed too.
+                holds ``labels`` (token ids, -100 for no target, shape ``(B, T)``), the next-token loss is computed too;
+                with ``mini_batch_size`` beside them, in mini-batches of as many rows, of which each is computed once
+                more in the backward pass (GradCache, https://arxiv.org/abs/2101.06983).
             **kwargs: Not used.
 
         Returns:
-            ``features`` with ``sentence_embedding`` (shape ``(B, D)``, or ``(B, K * D)`` for concat) and
-            ``token_embeddings`` (shape ``(B, T, D)``) added; with ``labels``, also ``ntp_loss`` (nats a token,
-            shape ``()``) and ``logit_scale`` (the factor itself, shape ``(1,)``).
+            ``features`` with ``sentence_embedding`` (shape ``(B, D)``, or ``(B, K * D)`` for concat) and, but for
+            mini-batches, ``token_embeddings`` (shape ``(B, T, D)``) added; with ``labels``, also ``ntp_loss`` (nats a
+            token, shape ``()``), ``num_targets`` (shape ``()``) and ``logit_scale`` (the factor itself, shape
+            ``(1,)``).
 
         Raises:
             ValueError: If a row does not hold exactly K GEM tokens.
         """
-        input_ids, attention_mask = features["input_ids"], features["attention_mask"]
-        order = _right_padding_order(attention_mask)
+        names = [name for name in ("input_ids", "attention_mask", "labels") if name in features]
+        rows = [features[name] for name in names]
+        order = _right_padding_order(features["attention_mask"])
         if order is not None:
-            input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+            rows = [tensor.gather(1, order) for tensor in rows]
+        if "labels" in features:
+            features["num_targets"] = count_targets(rows[2])
+            features["logit_scale"] = self.logit_scale.exp()
+        if "labels" in features and "mini_batch_size" in features:
+            parts = self._embed_mini_batches(rows, features["mini_batch_size"])
+            features["sentence_embedding"], features["ntp_loss"] = parts
+            return features
+        embedding, loss, states = self._embed(*rows)
+        features["sentence_embedding"], features["token_embeddings"] = embedding, states
+        if order is not None:
+            index = order[..., None].expand_as(states)
+            features["token_embeddings"] = torch.zeros_like(states).scatter(1, index, states)
+        if loss is not None:
+            features["ntp_loss"] = loss
+        return features
+
+    def _embed(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Embeddings, next-token loss and hidden states of right-padded rows.
+
+        Shapes: ``(B, T)`` each -> ``(B, D)`` or ``(B, K * D)``, ``()``, ``(B, T, D)``
+        """
         segments = gem_segments(input_ids, attention_mask, self.gem_token_ids)
         states = self._hidden_states(input_ids, segments, attention_mask)
-        features["sentence_embedding"] = pool_gem_tokens(states, segments, self.num_gem_tokens, self.pooling)
-        if order is None:
-            features["token_embeddings"] = states
-        else:
-            features["token_embeddings"] = torch.zeros_like(states).scatter(
-                1, order[..., None].expand_as(states), states
-            )
-        if "labels" in features:
-            labels = features["labels"] if order is None else features["labels"].gather(1, order)
+        loss = None
+        if labels is not None:
             head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
-            features["ntp_loss"] = next_token_loss(states, labels, head, config)
-            features["logit_scale"] = self.logit_scale.exp()
-        return features
+            loss = next_token_loss(states, labels, head, config)
+        return pool_gem_tokens(states, segments, self.num_gem_tokens, self.pooling), loss, states
+
+    def _embed_mini_batches(self, rows: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`_embed`, holding the activations of no more than ``size`` rows at a time, those of like length.
+
+        Args:
+            rows: ``input_ids``, ``attention_mask`` and ``labels``, padded on the right. Shape: ``(B, T)`` each
+            size: Rows in a mini-batch.
+
+        Returns:
+            Embeddings, shape ``(B, D)`` or ``(B, K * D)``, and the mean next-token loss, shape ``()``.
+        """
+
+        def run(*part: Tensor) -> tuple[Tensor, Any]:
+            embedding, loss, _ = self._embed(*part)
+            return embedding, loss * count_targets(part[2])  # type: ignore[operator]  # there are labels
+
+        lengths = rows[1].sum(dim=1)
+        order = lengths.argsort(descending=True, stable=True)
+        parts = [
+            checkpoint(run, *(tensor[index, : int(lengths[index[0]])] for tensor in rows), use_reentrant=False)
+            for index in order.split(size)
+        ]
+        embeddings, losses = zip(*parts, strict=True)
+        return torch.cat(embeddings)[order.argsort()], sum(losses) / count_targets(rows[2]).clamp(min=1)
 
     def _hidden_states(self, input_ids: Tensor, segments: Tensor, attention_mask: Tensor) -> Tensor:
         """Run right-padded rows through the backbone in groups of like length; zeros at padding.

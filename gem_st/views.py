@@ -7,9 +7,12 @@ CPU, so that a seed fixes every cut and deletion on any device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 NO_TARGET = -100
 """Label of a token that is no next-token target, as torch's cross-entropy ignores it."""
@@ -69,6 +72,61 @@ TASKS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reconstruction": repeat_for_reconstruction,
 }
 """Ways to make ``prefix | suffix`` of one text, by name."""
+
+PAIR_TASKS: dict[str, tuple[str, str]] = {"summary": ("context", "summary"), "soft_prompt": ("prompt", "answer")}
+"""Tasks that are given prefix and suffix, and the names of columns by which they are recognised."""
+
+
+def fit_pair(prefix: Tensor, suffix: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+    """Summary and soft prompt: shorten prefix and suffix to fit together, at first the suffix, to half a row or more.
+
+    Args:
+        prefix: Token ids, special tokens first. Shape: ``(m,)``
+        suffix: Token ids without special tokens at the start. Shape: ``(n,)``
+        max_length: Tokens that both may have together.
+
+    Returns:
+        Both, cut at their ends.
+    """
+    suffix = suffix[: max(max_length - len(prefix), max_length // 2)]
+    return prefix[: max_length - len(suffix)], suffix
+
+
+def split_messages(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Make the columns of the soft prompt task of chat data, with the tokenizer's chat template.
+
+    ``dataset.map(split_messages, fn_kwargs={"tokenizer": model.tokenizer}, remove_columns=dataset.column_names)``
+
+    Args:
+        example: A row whose ``messages`` are dicts with ``role`` and ``content``, the assistant's last.
+        tokenizer: A tokenizer with a chat template.
+
+    Returns:
+        ``prompt``, up to and with the start of the last message, and ``answer``, that message and what ends it.
+
+    Raises:
+        ValueError: If there is no chat template, the last message is not the assistant's, or the template writes a
+            conversation otherwise once it goes on.
+    """
+    messages = example["messages"]
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "Chat messages need a chat template, and the tokenizer has none. Set tokenizer.chat_template, or write "
+            "columns `prompt` and `answer` yourself."
+        )
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        roles = [message["role"] for message in messages]
+        raise ValueError(f"The last of two messages or more has to be the assistant's, but their roles are {roles}.")
+    render: Any = partial(tokenizer.apply_chat_template, tokenize=False)
+    prompt, whole = render(messages[:-1], add_generation_prompt=True), render(messages)
+    if not whole.startswith(prompt):
+        raise ValueError(
+            "The chat template does not write the conversation with the answer as one that goes on from the prompt. "
+            "Write columns `prompt` and `answer` yourself."
+        )
+    if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:  # it will be put there again
+        return {"prompt": prompt.removeprefix(str(tokenizer.bos_token)), "answer": whole[len(prompt) :]}
+    return {"prompt": prompt, "answer": whole[len(prompt) :]}
 
 
 def drop_tokens(row: Tensor, rate: float, num_special: int = 0, generator: torch.Generator | None = None) -> Tensor:

@@ -10,8 +10,16 @@ from torch.nn import functional as F
 
 from gem_st import AlphaSchedule, GemLoss, GemTransformer, TwoPhaseLearningRate
 from gem_st import modeling_gem as modeling
-from gem_st.losses import MAX_LOGIT_SCALE, find_same_texts, info_nce
-from gem_st.views import cut_continuation, drop_tokens, join_row, repeat_for_reconstruction, split_rows
+from gem_st.losses import MAX_LOGIT_SCALE, find_same_texts, info_nce, text_keys
+from gem_st.views import (
+    cut_continuation,
+    drop_tokens,
+    fit_pair,
+    join_row,
+    repeat_for_reconstruction,
+    split_messages,
+    split_rows,
+)
 
 from .conftest import CORPUS
 
@@ -80,7 +88,7 @@ def test_info_nce_by_hand():
 
 def test_a_candidate_with_the_text_of_the_positive_is_no_negative():
     texts = [torch.tensor(text) for text in ([1, 2], [3], [1, 2], [3], [4])]
-    same = find_same_texts(texts, 3)
+    same = find_same_texts(text_keys(texts), 3)
     assert same.int().tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [1, 0, 0, 0, 0]]
     torch.manual_seed(0)
     anchors, candidates = torch.randn(3, 4), torch.randn(5, 4)
@@ -305,7 +313,10 @@ def test_two_phase_learning_rate():
         ({"token_dropout": 1.0}, r"token_dropout must be in"),
         ({"alpha": -0.1}, r"alpha must be in \[0, 1\], got -0.1"),
         ({"scale": 0.5}, r"scale must be in \[1, 100\]"),
-        ({"tasks": ["translate"]}, r"tasks must be some of \['continuation', 'reconstruction'\]"),
+        (
+            {"tasks": ["translate"]},
+            r"tasks must be some of \['continuation', 'reconstruction', 'soft_prompt', 'summary'\]",
+        ),
         ({"tasks": []}, r"tasks must be some of"),
     ],
 )
@@ -346,3 +357,65 @@ def test_the_loss_can_be_copied_and_pickled(model):
 def test_a_schedule_without_a_trainer_is_refused(model):
     with pytest.raises(ValueError, match="needs a SentenceTransformerTrainer"):
         GemLoss(model)([model.preprocess(CORPUS)])
+
+
+# ---- tasks of two columns
+
+
+def test_summary_and_soft_prompt_put_the_second_column_behind_the_gem_tokens(model):
+    columns = [["a village by the sea", "the old clock"], ["a letter came", "good news for the family"]]
+    texts = [split_rows(*model.preprocess(column).values(), model[0].gem_token_ids) for column in columns]
+    suffixes = [suffix[1:] for suffix in texts[1]]
+    rows, prefixes = GemLoss(model, tasks=["summary"], plain_ratio=0.0).build_rows(texts[0], suffixes=suffixes)
+    for (row, labels), prefix, text, suffix in zip(rows, prefixes, texts[0], suffixes, strict=True):
+        assert row.tolist() == [*text.tolist(), *model[0].gem_token_ids, *suffix.tolist()]
+        assert labels.tolist() == [*text.tolist(), -100, -100, *suffix.tolist()]
+        assert prefix.tolist() == text.tolist()
+    rows, prefixes = GemLoss(model, tasks=["soft_prompt"], plain_ratio=1.0).build_rows(texts[0], suffixes=suffixes)
+    for (row, _), prefix, text, suffix in zip(rows, prefixes, texts[0], suffixes, strict=True):
+        assert prefix.tolist() == [*text.tolist(), *suffix.tolist()]
+        assert row.tolist() == [*prefix.tolist(), *model[0].gem_token_ids]
+
+
+def test_prefix_and_suffix_are_shortened_to_fit():
+    prefix, suffix = torch.arange(20), torch.arange(100, 120)
+    for max_length, sizes in ((50, (20, 20)), (30, (15, 15)), (36, (18, 18)), (24, (12, 12))):
+        assert tuple(map(len, fit_pair(prefix, suffix, max_length))) == sizes
+    assert tuple(map(len, fit_pair(prefix[:5], suffix, 20))) == (5, 15)
+    assert tuple(map(len, fit_pair(prefix, suffix[:5], 20))) == (15, 5)
+
+
+def test_a_task_of_two_columns_needs_two(model):
+    loss = GemLoss(model, tasks=["summary"], alpha=0.5)
+    assert torch.isfinite(loss([model.preprocess(CORPUS[:4]), model.preprocess(CORPUS[4:])]))
+    with pytest.raises(ValueError, match=r"take two columns, prefix and suffix, but there are 1"):
+        loss([model.preprocess(CORPUS)])
+
+
+CHAT = (
+    "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant: {% endif %}"
+)
+
+
+def test_messages_become_prompt_and_answer(make_model):
+    tokenizer = make_model(chat_template=CHAT).tokenizer
+    messages = [
+        {"role": "user", "content": "Where is the boat?"},
+        {"role": "assistant", "content": "By the sea."},
+        {"role": "user", "content": "And now?"},
+        {"role": "assistant", "content": "On the river."},
+    ]
+    assert split_messages({"messages": messages}, tokenizer) == {
+        # without the first <bos>, which the tokenizer adds
+        "prompt": "user: Where is the boat?<eos><bos>assistant: By the sea.<eos><bos>user: And now?<eos>"
+        "<bos>assistant: ",
+        "answer": "On the river.<eos>",
+    }
+    with pytest.raises(ValueError, match=r"roles are \['user', 'assistant', 'user'\]"):
+        split_messages({"messages": messages[:3]}, tokenizer)
+    with pytest.raises(ValueError, match="Chat messages need a chat template"):
+        split_messages({"messages": messages}, make_model().tokenizer)
+    tokenizer.chat_template = CHAT.replace("<bos>assistant", "assistant")
+    with pytest.raises(ValueError, match="does not write the conversation with the answer"):
+        split_messages({"messages": messages}, tokenizer)

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from transformers import TrainerCallback
 
 from gem_st import AlphaSchedule, GemLoss, TwoPhaseLearningRate
+from gem_st.training import last_checkpoint
 
 from .conftest import CORPUS
 
@@ -223,6 +225,9 @@ def test_another_loss_of_sentence_transformers_trains_it_too(make_model, tmp_pat
             r"Column 'score' of the training set holds float64.*filter pairs",
         ),
         ({"text": [["a"], ["b"]]}, "Column 'text' of the training set holds"),
+        ({"text": ["a", None, "b"]}, "Row 1 of column 'text' of the training set is None"),
+        ({"text": ["a", "b"], "empty": ["", " "]}, "Column 'empty' of the training set is empty"),
+        ({"messages": [[{"role": "user", "content": "a"}]] * 2}, r"of the training set holds chat.*split_messages"),
     ],
 )
 def test_a_dataset_that_cannot_be_learned_from_is_refused_when_the_trainer_is_made(
@@ -232,6 +237,19 @@ def test_a_dataset_that_cannot_be_learned_from_is_refused_when_the_trainer_is_ma
         make_trainer(make_model(), tmp_path, Dataset.from_dict(columns))
     with pytest.raises(ValueError, match=message.replace("training", "evaluation")):
         make_trainer(make_model(), tmp_path, eval_dataset=Dataset.from_dict(columns))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["a"]}, "has one row, and nothing to tell it from"),
+        ({"text": ["a"] * 8}, "first 8 rows of the training set are all the same, 'a'"),
+        ({"anchor": ["a"] * 8, "positive": ["b"] * 8}, "are all the same"),
+    ],
+)
+def test_texts_that_cannot_be_told_apart_are_refused(make_model, tmp_path, columns, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_model(), tmp_path, Dataset.from_dict(columns))
 
 
 def test_an_alpha_out_of_range_is_refused_at_the_first_step(make_model, tmp_path):
@@ -248,3 +266,52 @@ def test_a_schedule_longer_than_the_training_is_warned_of(make_model, tmp_path, 
 def test_low_precision_weights_are_warned_of(make_model, warnings_of_transformers):
     GemLoss(make_model(model_kwargs={"dtype": torch.bfloat16}), alpha=0.5)
     assert "lost to rounding" in warnings_of_transformers.text
+
+
+@pytest.mark.parametrize("freeze_base", [False, True])
+def test_columns_named_for_a_task_train_it(make_model, tmp_path, freeze_base):
+    """The suffix is a next-token target, and the contrastive part has two views of the prefix."""
+    model = make_model(num_gem_tokens=2, freeze_base=freeze_base)
+    data = Dataset.from_dict({"prompt": CORPUS[:4] * 2, "answer": CORPUS[4:] * 2})
+    seen = []
+    trainer = make_trainer(model, tmp_path, data, loss=GemLoss(model, alpha=0.5))
+    trainer.loss.register_forward_hook(lambda *args: seen.append(trainer.loss._plan(["prompt", "answer"])))
+    trainer.train()
+    assert seen[0].tasks == ("soft_prompt",)
+    assert seen[0].plain_ratio == (0.5 if freeze_base else 0.8)
+    assert trainer.loss._plan(["anchor", "positive"]).tasks == ("reconstruction", "continuation")
+    assert max(logged(trainer, "ntp")) > 0
+    assert min(logged(trainer, "contrastive")) > 0
+
+
+def test_training_stops_at_a_loss_that_is_no_number_and_keeps_the_last_checkpoint(make_model, tmp_path):
+    model = make_model(num_gem_tokens=2)
+    loss = GemLoss(model, alpha=lambda step, last_step: 0.5)
+    trainer = make_trainer(model, tmp_path, loss=loss, save_strategy="steps", save_steps=2, save_only_model=False)
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                next(model.parameters()).data.fill_(float("nan"))
+
+    trainer.add_callback(Spoil())
+    with pytest.raises(FloatingPointError, match=r"The loss is nan at step 4 of 6 .*checkpoint-2 with a lower"):
+        trainer.train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    again = SentenceTransformer(str(tmp_path / "checkpoint-2"), trust_remote_code=True, device="cpu")
+    assert torch.isfinite(again.encode(CORPUS, convert_to_tensor=True)).all()
+
+
+def test_texts_that_do_not_fit_are_warned_of(make_model, tmp_path, warnings_of_transformers):
+    data = Dataset.from_dict({"text": ["sea " * 300, *CORPUS[:3]]})
+    make_trainer(make_model(), tmp_path, data)
+    assert "25% of the first 4 texts are longer than max_seq_length=256" in warnings_of_transformers.text
+
+
+def test_streaming_data_is_trained_on_and_checked(make_model, tmp_path):
+    model = make_model()
+    trainer = make_trainer(model, tmp_path, Dataset.from_dict({"text": CORPUS * 4}).to_iterable_dataset())
+    trainer.train()
+    assert len(logged(trainer, "ntp")) == 6
+    with pytest.raises(ValueError, match="all the same"):
+        make_trainer(model, tmp_path, Dataset.from_dict({"text": ["a"] * 8}).to_iterable_dataset())

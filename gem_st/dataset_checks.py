@@ -1,0 +1,108 @@
+"""What can be said about training data before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+LABEL_COLUMNS = ("label", "labels", "score", "scores")
+"""Names by which Sentence Transformers knows labels."""
+
+NUM_SAMPLED = 1000
+"""Rows that are looked at, from the start of a data set."""
+
+
+def check_dataset(dataset: Any, kind: str, takes_labels: bool = False) -> None:
+    """Raise if a training or evaluation set cannot be used, before the first step.
+
+    Columns are checked where there is one data set; of several, another loss may use some.
+
+    Args:
+        dataset: A ``Dataset`` or ``IterableDataset``, a dict of them, or None.
+        kind: ``"training"`` or ``"evaluation"``.
+        takes_labels: Whether the loss takes a column of labels, and decides itself what it can learn from.
+
+    Raises:
+        ValueError: If it is empty, a column does not hold text, or there is nothing in it to be told apart.
+    """
+    parts = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+    if any(hasattr(part, "__len__") and len(part) == 0 for part in parts):
+        raise ValueError(f"The {kind} set has no rows. Check how it was loaded, filtered or split.")
+    if dataset is None or isinstance(dataset, dict):
+        return
+    for column, feature in (getattr(dataset, "features", None) or {}).items():
+        if not (takes_labels and column in LABEL_COLUMNS):
+            _check_type(column, getattr(feature, "dtype", type(feature).__name__), kind)
+    rows = sample_rows(dataset)
+    texts = {name: [row[name] for row in rows] for name in rows[0] if name not in LABEL_COLUMNS} if rows else {}
+    for column, values in texts.items():
+        _check_values(column, values, kind)
+    if takes_labels or kind != "training" or not texts:
+        return
+    if len(rows) == 1:
+        raise ValueError("The training set has one row, and nothing to tell it from. GemLoss needs two or more.")
+    if all(len(set(values)) == 1 for values in texts.values()):
+        raise ValueError(
+            f"The first {len(rows)} rows of the training set are all the same, {next(iter(texts.values()))[0]!r:.60}: "
+            "there is nothing to tell apart. Check how it was loaded."
+        )
+
+
+def sample_rows(dataset: Any, num_rows: int = NUM_SAMPLED) -> list[dict[str, Any]]:
+    """The first rows of a data set, streaming or not; of a streaming one a tenth as many."""
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        return [dataset[index] for index in range(min(num_rows, len(dataset)))]
+    rows: Iterator[dict[str, Any]] = iter(dataset)
+    return list(islice(rows, num_rows // 10))
+
+
+def warn_of_truncation(gem: Any, dataset: Any) -> None:
+    """Say how many texts are longer than a row, of those looked at."""
+    if dataset is None or isinstance(dataset, dict):
+        return
+    rows = sample_rows(dataset)
+    texts = [value for row in rows for name, value in row.items() if name not in LABEL_COLUMNS]
+    share = share_truncated(gem, texts)
+    if share > 0:
+        logger.warning(
+            f"{share:.0%} of the first {len(texts)} texts are longer than max_seq_length={gem.max_seq_length} tokens, "
+            "GEM tokens included, and are truncated. Split them, or raise model.max_seq_length."
+        )
+
+
+def share_truncated(gem: Any, texts: list[str]) -> float:
+    """Share of texts that have more tokens than a row has places, in [0, 1]."""
+    ids = gem.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+    return sum(len(row) > gem.max_seq_length - gem.num_gem_tokens for row in ids) / max(1, len(ids))
+
+
+def _check_type(column: str, dtype: str, kind: str) -> None:
+    if dtype in ("string", "large_string"):
+        return
+    if column == "messages":
+        raise ValueError(
+            f"Column 'messages' of the {kind} set holds chat messages. Make columns `prompt` and `answer` of it: "
+            'dataset.map(gem_st.views.split_messages, fn_kwargs={"tokenizer": model.tokenizer}, '
+            "remove_columns=dataset.column_names)."
+        )
+    raise ValueError(
+        f"Column {column!r} of the {kind} set holds {dtype}, but GemLoss trains on columns of text. Drop it "
+        f"with dataset.remove_columns({column!r}); filter pairs by a label or score first, if you have one, or give "
+        "GemLoss a loss that takes it as `inner`."
+    )
+
+
+def _check_values(column: str, values: list[Any], kind: str) -> None:
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise ValueError(
+                f"Row {index} of column {column!r} of the {kind} set is {value!r:.60} ({type(value).__name__}), not "
+                "text. Drop such rows with dataset.filter(...)."
+            )
+    if not any(value.strip() for value in values):
+        raise ValueError(f"Column {column!r} of the {kind} set is empty in its first {len(values)} rows. Drop it.")
