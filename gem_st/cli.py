@@ -45,7 +45,7 @@ def _one_line_errors(*, expect_any: bool = True) -> Iterator[None]:
     """Print an error as one line, and exit with status 1; one that is not foreseen too, unless asked otherwise."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
         message = str(error)
         cause: Exception = error
     except Exception as error:  # of a broken checkpoint, say

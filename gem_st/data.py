@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from .views import split_messages
 
 EXTENSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {}),
@@ -94,6 +94,8 @@ def load_source(source: str, *, split: str = "train", subset: str | None = None,
             return load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
         return load_dataset(str(path) if path.is_dir() else source, subset, split=split, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{source!r} has no rows (split {split!r}). Check how it was made.") from error
         kind = (
             "a data set of the Hub" if not path.exists() else "a file" if path.is_file() else "a folder of such files"
         )
@@ -150,23 +152,12 @@ def _features_of(dataset: Any, name: str) -> dict[str, str]:
 
 
 def split_conversations(dataset: Any, tokenizer: Any) -> Any:
-    """Turn a column ``messages`` into ``prompt`` and ``answer``, rendered with the tokenizer's chat template.
-
-    Raises:
-        ValueError: If the tokenizer has no chat template.
-    """
+    """Turn a column ``messages`` into ``prompt`` and ``answer``, as :func:`gem_st.views.split_messages` does."""
     from datasets import Features, Value
 
-    from .views import split_messages
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "A column of messages needs the chat template of the base's tokenizer, which has none. Use the base's "
-            "instruct version, or data with columns of text such as prompt and answer."
-        )
     features = Features({"prompt": Value("string"), "answer": Value("string")})
-    columns = list(_features_of(dataset, "training set"))
-    return dataset.map(partial(split_messages, tokenizer=tokenizer), remove_columns=columns, features=features)
+    options = {"fn_kwargs": {"tokenizer": tokenizer}, "features": features, "remove_columns": ["messages"]}
+    return dataset.map(split_messages, **options)
 
 
 def as_texts(dataset: Any, wanted: list[str] | None, tokenizer: Any, name: str) -> Any:
@@ -211,7 +202,7 @@ def set_aside(dataset: Any, num_rows: int | None, num_held_out: int, seed: int) 
     count = beyond or min(num_held_out, wanted // 10)
     shuffled = dataset.shuffle(seed=seed)
     kept = wanted if beyond else wanted - count
-    return shuffled.select(range(kept)), list(shuffled.select(range(kept, kept + count)))
+    return shuffled.select(range(kept)), [shuffled[index] for index in range(kept, kept + count)]
 
 
 def load_eval(
@@ -344,7 +335,7 @@ def generate_texts(base: str, num: int, seed: int, hub_kwargs: dict[str, Any]) -
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto" if on_accelerator else "float32", **hub_kwargs)
     model = model.to(torch.accelerator.current_accelerator() if on_accelerator else "cpu").eval()
     set_seed(seed)
-    return sample_texts(model, AutoTokenizer.from_pretrained(base, **hub_kwargs), num)
+    return sample_texts(model, AutoTokenizer.from_pretrained(base, **hub_kwargs), num, batch_size=min(64, num))
 
 
 def read_texts(path: Path) -> list[str]:
@@ -358,8 +349,3 @@ def write_texts(path: Path, texts: Iterable[str]) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
     part.replace(path)
-
-
-def sample_rows(dataset: Any, num: int) -> list[dict[str, str]]:
-    """The first rows of a data set, also of a stream."""
-    return list(itertools.islice(iter(dataset), num))

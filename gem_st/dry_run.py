@@ -14,17 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from .data import sample_rows
+from .dataset_checks import sample_rows
 from .model_card import draw_mask
 from .modeling_gem import GEM, LOGITS_BUDGET, PREFIX, SUFFIX
 from .train import TrainConfig, load_data, read_context
-from .views import TASKS, drop_tokens
+from .views import PAIR_TASKS, TASKS, drop_tokens, fit_pair
 
 COLORS = {PREFIX: typer.colors.CYAN, GEM: typer.colors.MAGENTA, SUFFIX: typer.colors.GREEN}
 NUM_SHOWN = 3
-NUM_SAMPLED = 1000
-"""Rows of which lengths are taken."""
-
 MAX_SHOWN_TOKENS = 60
 """Tokens shown of a segment."""
 
@@ -80,7 +77,7 @@ def preview(config: TrainConfig) -> Preview:
     num_rows = config.self_generate or data.num_rows
     config = config.resolve(num_rows, data.columns, read_context(config))
     tokenizer = AutoTokenizer.from_pretrained(config.base, **config.hub_kwargs)
-    sampled = sample_rows(data.train, NUM_SAMPLED)
+    sampled = sample_rows(data.train)
     lengths = [len(row) for row in tokenizer([text for row in sampled for text in row.values()])["input_ids"]]
     limit = (config.max_length or 0) - config.num_gem_tokens
     kept = [min(length, limit) for length in lengths]
@@ -118,7 +115,9 @@ def build_examples(
     Returns:
         What each row is, and its segments.
     """
-    kinds = (["plain"] if config.plain_ratio else []) + (config.tasks or [])
+    tasks = config.tasks or []
+    kinds = (["plain"] if config.plain_ratio else []) + (tasks if config.plain_ratio != 1 else [])
+    takes_pairs = not PAIR_TASKS.keys().isdisjoint(tasks)
     generator = torch.Generator().manual_seed(config.seed)
     limit = (config.max_length or 0) - config.num_gem_tokens
     special = count_special_tokens(tokenizer)
@@ -126,7 +125,8 @@ def build_examples(
     shown: list[tuple[str, Segments]] = []
     for row, kind in zip(rows, itertools.cycle(kinds)):
         texts = [torch.tensor(tokenizer(row[name], truncation=True, max_length=limit)["input_ids"]) for name in columns]
-        prefix, suffix = split_text(kind, texts, limit, special, generator)
+        given = texts.pop()[special:] if takes_pairs else None
+        prefix, suffix = split_text(kind, texts[0], given, limit, special, generator)
         shown.append((kind, _segments(tokenizer, prefix, gem, suffix)))
         if len(texts) == 1:
             view = drop_tokens(prefix, config.token_dropout or 0.0, special, generator)
@@ -138,10 +138,17 @@ def build_examples(
 
 
 def split_text(
-    kind: str, texts: Sequence[Tensor], limit: int, num_special: int, generator: torch.Generator
+    kind: str, text: Tensor, given: Tensor | None, limit: int, num_special: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Prefix and suffix of a row of a kind. Shapes: ``(T_i,)`` each -> ``(m,)``, ``(n,)``"""
-    return (texts[0], None) if kind == "plain" else TASKS[kind](texts[0], limit, num_special, generator)
+    """Prefix and suffix of a row of a kind, of a text and, in tasks of pairs, what follows it.
+
+    Shapes: ``(T_i,)``, ``(T_j,)`` -> ``(m,)``, ``(n,)``
+    """
+    if kind == "plain":
+        return (text if given is None else torch.cat([text, given])[:limit]), None
+    if given is not None and kind in PAIR_TASKS:
+        return fit_pair(text, given, limit)
+    return TASKS[kind](text, limit, num_special, generator)
 
 
 def count_special_tokens(tokenizer: Any) -> int:
@@ -266,14 +273,19 @@ def count_tokens(config: TrainConfig, num_columns: int, length: float) -> tuple[
 
     A row that repeats its text has twice its length, and a text of one column has a second view.
     """
-    num_texts = config.batch_size * num_columns
-    num_texts = min(num_texts, config.mini_batch_size or num_texts)
-    plain, tasks = config.plain_ratio or 0.0, config.tasks or []
-    repeated = sum(task != "continuation" for task in tasks) / max(1, len(tasks))
-    prefixes = num_texts * length * (plain + (1 - plain) * (repeated + (1 - repeated) / 2))
-    suffixes = num_texts * length * (1 - plain) * (repeated + (1 - repeated) / 2)
-    views = prefixes * (1 - (config.token_dropout or 0.0)) if num_columns == 1 else 0.0
-    gems = config.num_gem_tokens * num_texts * (2 if num_columns == 1 else 1)
+    plain, tasks = config.plain_ratio or 0.0, config.tasks or ["none"]
+    takes_pairs = not PAIR_TASKS.keys().isdisjoint(tasks)
+    num_rows = config.batch_size * (1 if takes_pairs else num_columns)
+    has_views = takes_pairs or num_columns == 1
+    cut = tasks.count("continuation") / len(tasks)  # their prefix and suffix are one text; all others have two
+    prefixes = num_rows * length * (plain * (2 if takes_pairs else 1) + (1 - plain) * (1 - cut / 2))
+    suffixes = num_rows * length * (1 - plain) * (1 - cut / 2)
+    views = prefixes * (1 - (config.token_dropout or 0.0)) if has_views else 0.0
+    num_rows *= 2 if has_views else 1
+    held = min(1.0, (config.mini_batch_size or num_rows) / num_rows)
+    gems, prefixes, suffixes, views = (
+        held * number for number in (config.num_gem_tokens * num_rows, prefixes, suffixes, views)
+    )
     if config.mode == "frozen":
         return gems + suffixes, prefixes + views, suffixes
     return prefixes + suffixes + views + gems, 0.0, prefixes + suffixes

@@ -26,11 +26,12 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from .data import TrainData, as_texts, generate_texts, load_eval, load_source, read_texts, set_aside, write_texts
-from .losses import GemLoss
+from .dataset_checks import check_dataset
+from .losses import DEFAULT_TASKS, GemLoss
 from .modeling_gem import GemTransformer
 from .report import describe_versions, measure, write_json, write_report
 from .training import AlphaSchedule, TwoPhaseLearningRate, last_checkpoint
-from .views import TASKS
+from .views import PAIR_TASKS, TASKS
 
 logger = logging.get_logger(__name__)
 
@@ -123,8 +124,10 @@ class TrainConfig:
     ] = None
     trust_remote_code: Annotated[bool, "Run code that a base brings."] = False
 
-    plain_ratio: Annotated[float | None, "p, share of plain rows; 0.8, and 1 for a frozen base."] = None
-    tasks: Annotated[list[str] | None, "Tasks of the other rows; by the columns' names by default."] = None
+    plain_ratio: Annotated[
+        float | None, "p, share of plain rows; 0.8, frozen 1, or 0.5 for summary and soft_prompt."
+    ] = None
+    tasks: Annotated[list[str] | None, "reconstruction, continuation, or of two columns summary, soft_prompt."] = None
     token_dropout: Annotated[float | None, "Share of tokens deleted for the second view; 0.7, frozen 0.85."] = None
     scale: Annotated[float | None, "Initial factor on cosine similarities; 20 in a new model."] = None
     alpha: Annotated[float | None, "Constant weight of the contrastive loss, instead of a schedule."] = None
@@ -189,6 +192,9 @@ class TrainConfig:
             context: Tokens that the base can read; None if it has no limit.
         """
         new = dataclasses.replace(self, output=str(self.folder), precision=choose_precision(self.precision))
+        new.tasks = self.tasks or pair_tasks(columns)
+        if self.mode == "frozen" and self.plain_ratio is None and not PAIR_TASKS.keys().isdisjoint(new.tasks):
+            new.plain_ratio = 0.5
         for name, value in MODE_DEFAULTS[self.mode].items():
             if getattr(new, name) is None:
                 setattr(new, name, value)
@@ -197,14 +203,21 @@ class TrainConfig:
         new.max_length = new.max_length or min(512, context or 512)
         new.dtype = new.dtype or ("bfloat16" if self.mode == "qlora" else "float32")
         new.lora_rank = None if self.mode == "full" else new.lora_rank or 32
-        new.tasks = [] if new.plain_ratio == 1 else new.tasks or default_tasks(columns)
-        if not self.uses_schedule:
-            frozen_alpha = 1.0 if new.plain_ratio == 1 else 0.7
-            new.alpha = frozen_alpha if new.alpha is None else new.alpha
-            return new
-        new.ntp_steps = min(100, new.steps // 5) if new.ntp_steps is None else new.ntp_steps
-        new.final_alpha = 0.9 if new.final_alpha is None else new.final_alpha
-        return new
+        new.tasks = new.tasks or ([] if new.plain_ratio == 1 else list(DEFAULT_TASKS))
+        return new._resolve_alpha(learns_by_text=self.mode != "frozen" or new.plain_ratio != 1)
+
+    def _resolve_alpha(self, learns_by_text: bool) -> TrainConfig:
+        if self.uses_schedule:
+            default = min(100, (self.steps or 0) // 5) if learns_by_text else 0
+            self.ntp_steps = default if self.ntp_steps is None else self.ntp_steps
+            self.final_alpha = 0.9 if self.final_alpha is None else self.final_alpha
+        elif self.alpha is None:
+            self.alpha = 0.7 if learns_by_text else 1.0
+        if not learns_by_text and (self.alpha == 0 or self.ntp_steps):
+            raise ValueError(
+                "A frozen base learns nothing from plain rows while alpha is 0. Lower plain_ratio, or raise alpha."
+            )
+        return self
 
     def describe(self) -> dict[str, Any]:
         """Settings that say something, for logs and reports."""
@@ -326,10 +339,11 @@ def _check_choices(config: TrainConfig) -> None:
     choices = {"mode": MODES, "pooling": POOLING, "precision": PRECISIONS, "dtype": (*DTYPES, None)}
     for name, known in choices.items():
         if getattr(config, name) not in known:
-            listed = ", ".join(filter(None, known))
+            listed = ", ".join(name for name in known if name)
             raise ValueError(f"{name} must be one of {listed}, got {getattr(config, name)!r}.")
-    if unknown := [task for task in config.tasks or () if task not in TASKS]:
-        raise ValueError(f"There is no task {unknown[0]!r}, but {', '.join(sorted(TASKS))}.")
+    tasks = sorted({*TASKS, *PAIR_TASKS})
+    if unknown := [task for task in config.tasks or () if task not in tasks]:
+        raise ValueError(f"There is no task {unknown[0]!r}, but {', '.join(tasks)}.")
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -375,6 +389,8 @@ def _check_combinations(config: TrainConfig) -> None:
             source = f" (some are of recipe {config.recipe!r})" if config.recipe else ""
             raise ValueError(f"{names[0]} and {names[1]} exclude each other: {reason} Drop one{source}.")
     plain_ratio = MODE_DEFAULTS[config.mode]["plain_ratio"] if config.plain_ratio is None else config.plain_ratio
+    if config.plain_ratio is None and not PAIR_TASKS.keys().isdisjoint(config.tasks or ()):
+        plain_ratio = 0.5
     refused = {
         "Neither data nor self_generate is given. Name a file, a folder or a Hub id, or have the base write its own "
         "texts: --self-generate 5000.": not given & {"data", "self_generate"},
@@ -387,9 +403,6 @@ def _check_combinations(config: TrainConfig) -> None:
         ),
         "ntp_learning_rate is the rate while a schedule holds alpha at 0; set ntp_steps, too.": (
             config.ntp_learning_rate is not None and (not config.uses_schedule or config.ntp_steps == 0)
-        ),
-        "A frozen base with plain rows only learns nothing while alpha is 0. Lower plain_ratio or raise alpha.": (
-            config.mode == "frozen" and plain_ratio == 1 and (config.alpha == 0 or bool(config.ntp_steps))
         ),
         "eval_split and eval_columns belong to eval_data, which is not given.": (
             bool(given & {"eval_split", "eval_columns"}) and config.eval_data is None
@@ -456,9 +469,9 @@ def count_steps(num_rows: int, config: TrainConfig) -> int:
     return max(1, math.ceil(steps * (config.epochs or 1.0)))
 
 
-def default_tasks(columns: list[str]) -> list[str]:
-    """Tasks by the names of the columns, as :class:`gem_st.GemLoss` picks them."""
-    return ["reconstruction", "continuation"]
+def pair_tasks(columns: list[str]) -> list[str]:
+    """The task of two columns that is recognised by their names, as :class:`gem_st.GemLoss` does; empty for others."""
+    return [task for task, names in PAIR_TASKS.items() if names == tuple(columns)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -606,6 +619,10 @@ def load_data(config: TrainConfig, num_texts: int | None = None) -> TrainData:
     num_rows = None if config.streaming else len(rows)
     if config.num_rows and num_rows is not None and num_rows < config.num_rows:
         logger.warning(f"The training set has {num_rows} of the {config.num_rows} rows that num_rows asks for.")
+    if next(iter(rows), None) is None:
+        raise ValueError(f"The training set has no rows beside {len(held_out)} held out. Check how it was made.")
+    check_dataset(rows, "training")
+    check_dataset(eval_set, "evaluation")
     held_out = [row for row in held_out if all(isinstance(text, str) and text.strip() for text in row.values())]
     return TrainData(rows, columns, num_rows, held_out, eval_set, graded)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from typer.testing import CliRunner
@@ -129,15 +129,15 @@ def test_defaults_of_the_modes_are_those_of_the_loss(make_config, make_base, mod
     config = make_config(mode=mode).resolve(40, ["text"], 256)
     model = build(config)
     stock = GemLoss(model)
+    for columns in (["text"], ["context", "summary"], ["prompt", "answer"], ["anchor", "positive"]):
+        resolved = make_config(mode=mode, steps=1_000).resolve(40, columns)
+        plan = stock._plan(columns)
+        assert (plan.plain_ratio, plan.alpha) == (resolved.plain_ratio, loss_options(resolved)["alpha"])
+        assert plan.plain_ratio == 1 or list(plan.tasks) == resolved.tasks
     assert stock.plain_ratio == config.plain_ratio
     assert stock.token_dropout == config.token_dropout
     if mode == "frozen":
-        assert stock.alpha == loss_options(config)["alpha"] == 1
         assert GemLoss(model, plain_ratio=0.5).alpha == make_config(mode=mode, plain_ratio=0.5).resolve(4, ["a"]).alpha
-    else:
-        long = make_config(mode=mode, steps=1_000).resolve(40, ["text"], 256)
-        assert loss_options(long)["alpha"] == stock.alpha
-        assert set(stock.tasks) == set(config.tasks)
 
 
 def test_a_short_training_gets_a_short_phase_of_alpha_0(make_config):
@@ -190,7 +190,7 @@ def test_a_file_that_is_not_there(tmp_path):
         ({"num_gem_tokens": 0}, "num_gem_tokens must be 1 or more, got 0"),
         ({"batch_size": 1}, "batch_size must be 2 or more, got 1"),
         ({"learning_rate": 0.0}, "learning_rate must be > 0"),
-        ({"tasks": ["translation"]}, "no task 'translation', but continuation, reconstruction"),
+        ({"tasks": ["translation"]}, "no task 'translation', but continuation, reconstruction, soft_prompt, summary"),
         ({"data": "x", "self_generate": 10}, "data and self_generate exclude each other"),
         ({"steps": 4, "epochs": 1.0}, "steps and epochs exclude each other"),
         ({"alpha": 0.0, "ntp_steps": 0}, "alpha and ntp_steps exclude each other"),
@@ -203,8 +203,6 @@ def test_a_file_that_is_not_there(tmp_path):
         ({"mode": "frozen", "tasks": ["continuation"]}, "plain_ratio is 1"),
         ({"mode": "frozen", "ntp_learning_rate": 1e-4}, "set ntp_steps, too"),
         ({"ntp_learning_rate": 1e-4, "ntp_steps": 0}, "set ntp_steps, too"),
-        ({"mode": "frozen", "alpha": 0.0}, "learns nothing while alpha is 0"),
-        ({"mode": "frozen", "ntp_steps": 5}, "learns nothing while alpha is 0"),
         ({"eval_columns": ["a"]}, "belong to eval_data"),
         ({"training_arguments": {"max_steps": 3}}, "training_arguments.max_steps is the option 'steps'"),
         ({"training_arguments": {"sav_steps": 3}}, r"no training argument 'sav_steps'; near it are \['save_steps'"),
@@ -389,7 +387,7 @@ def test_a_stream_of_pairs_with_a_graded_evaluation_set(make_config, tmp_path):
     report = json.loads((result.folder / "report.json").read_text())
     assert report["num_rows"] is None
     assert report["columns"] == ["anchor", "positive"]
-    assert len([entry for entry in report["log_history"] if "eval_eval_spearman_cosine" in entry]) == 5
+    assert len([entry for entry in report["log_history"] if "eval_spearman_cosine" in entry]) == 5
 
 
 def test_an_evaluation_set_of_texts_gives_a_loss(make_config, texts):
@@ -425,14 +423,69 @@ def test_the_base_writes_its_own_data(make_config):
     assert "Trained" not in path.read_text()
 
 
+@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"ntp_steps": 5}])
+def test_a_frozen_base_has_nothing_to_learn_from_plain_rows_alone(make_config, options):
+    with pytest.raises(ValueError, match="learns nothing from plain rows while alpha is 0"):
+        train(make_config(mode="frozen", **options))
+    make_config(mode="frozen", plain_ratio=0.5, **options).resolve(40, ["text"])
+    assert make_config(mode="frozen", final_alpha=0.5).resolve(40, ["text"]).ntp_steps == 0
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("columns", "message"),
-    [({"text": []}, "no rows"), ({"text": [1, 2, 3]}, "Column 'text' of the training set holds int64, and not text")],
+    [
+        ({"text": []}, "no rows"),
+        ({"text": ["one"]}, "has one row"),
+        ({"text": ["", " "]}, "Column 'text' of the training set is empty"),
+        ({"text": ["a", None]}, r"Row [01] of column 'text' of the training set is None"),
+        ({"text": ["same"] * 8}, "are all the same, 'same'"),
+        ({"text": [1, 2, 3]}, "Column 'text' of the training set holds int64, and not text"),
+    ],
 )
-def test_data_that_cannot_be_learned_from(make_config, tmp_path, columns, message):
-    Dataset.from_dict(columns).to_parquet(str(tmp_path / "a.parquet"))
+def test_data_that_cannot_be_learned_from_is_refused_before_the_base_is_loaded(
+    make_config, tmp_path, monkeypatch, columns, message, streaming
+):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    features = None if columns["text"] else Features({"text": Value("string")})
+    Dataset.from_dict(columns, features).to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(ValueError, match=message):
-        train(make_config(data=str(tmp_path / "a.parquet")))
+        train(make_config(data=str(tmp_path / "a.parquet"), streaming=streaming, held_out=0))
+
+
+def test_a_loss_that_is_no_number_ends_the_training_in_one_line(make_config, texts, monkeypatch):
+    monkeypatch.setattr("gem_st.losses.info_nce", lambda *args: torch.tensor(math.nan))
+    config = make_config()
+    result = invoke("--base", config.base, "--data", texts, "--steps", 2, "--max-length", 64, "--alpha", 0.5)
+    assert result.exit_code == 1
+    assert re.search(r"gem-st: The loss is nan at step 1 of 2 \(.*lower learning rate", result.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_become_prompts_and_answers(make_config, make_base, tmp_path, streaming):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    base = make_base(chat_template=template + "{% if add_generation_prompt %}<assistant>{% endif %}")
+    rows = [[{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}] for text in CORPUS * 2]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": row, "id": index}) + "\n" for index, row in enumerate(rows)))
+    config = make_config(base=base, data=str(path), mode="frozen", streaming=streaming, held_out=4, max_length=200)
+    shown = preview(config)
+    assert shown.columns == ["prompt", "answer"]
+    assert (shown.settings["tasks"], shown.settings["plain_ratio"], shown.settings["alpha"]) == (
+        ["soft_prompt"],
+        0.5,
+        0.7,
+    )
+    assert [kind for kind, _ in shown.rows[::2]] == ["plain", "soft_prompt", "plain"]
+    prefix, _, suffix = ("".join(tokens) for _, tokens in shown.rows[2][1])
+    assert prefix.startswith("<bos><user>")
+    assert prefix.endswith("\\n<assistant>")
+    assert suffix.strip("\\n") in [text[::-1] for text in CORPUS]
+    result = train(config)
+    assert "similarity of positives, mean" in result.after
+    assert json.loads((result.folder / "report.json").read_text())["settings"]["tasks"] == ["soft_prompt"]
+    with pytest.raises(ValueError, match="the tokenizer has none"):
+        train(make_config(data=str(path), streaming=streaming, output=tmp_path / "other"))
 
 
 # ---- the report
@@ -485,7 +538,7 @@ def test_a_dry_run_shows_rows_mask_settings_and_memory(make_base, texts, tmp_pat
 def test_a_dry_run_in_colour_and_as_json(make_config, texts):
     shown = preview(make_config(plain_ratio=0.0, tasks=["reconstruction"]))
     page = render(shown, color=True)
-    assert re.search(r"\x1b\[36m<bos>.*\x1b\[0m \| \x1b\[35m\x1b\[1m\[GEM 1\]\x1b\[0m \| \x1b\[32m", page)
+    assert re.search(r"\x1b\[36m\x1b\[22m<bos>.*\x1b\[0m \| \x1b\[35m\x1b\[1m\[GEM 1\]\x1b\[0m \| \x1b\[32m", page)
     config = make_config()
     args = ("--base", config.base, "--data", texts, "--max-length", 64, "--dry-run", "--json")
     assert json.loads(invoke(*args).stdout)["num_rows"] == 36
