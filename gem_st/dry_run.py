@@ -277,18 +277,18 @@ def count_tokens(config: TrainConfig, num_columns: int, length: float) -> tuple[
     takes_pairs = not PAIR_TASKS.keys().isdisjoint(tasks)
     num_rows = config.batch_size * (1 if takes_pairs else num_columns)
     has_views = takes_pairs or num_columns == 1
+    num_gems = config.num_gem_tokens * num_rows * (2 if has_views else 1)
     cut = tasks.count("continuation") / len(tasks)  # their prefix and suffix are one text; all others have two
     prefixes = num_rows * length * (plain * (2 if takes_pairs else 1) + (1 - plain) * (1 - cut / 2))
     suffixes = num_rows * length * (1 - plain) * (1 - cut / 2)
     views = prefixes * (1 - (config.token_dropout or 0.0)) if has_views else 0.0
-    num_rows *= 2 if has_views else 1
-    held = min(1.0, (config.mini_batch_size or num_rows) / num_rows)
-    gems, prefixes, suffixes, views = (
-        held * number for number in (config.num_gem_tokens * num_rows, prefixes, suffixes, views)
-    )
+    if config.mini_batch_size and config.mini_batch_size < num_rows:  # the one with the longest rows
+        num_gems, views = config.num_gem_tokens * config.mini_batch_size, 0.0
+        prefixes = config.mini_batch_size * length
+        suffixes = prefixes if (plain < 1 and cut < 1) or takes_pairs else 0.0
     if config.mode == "frozen":
-        return gems + suffixes, prefixes + views, suffixes
-    return prefixes + suffixes + views + gems, 0.0, prefixes + suffixes
+        return num_gems + suffixes, prefixes + views, suffixes
+    return prefixes + suffixes + views + num_gems, 0.0, prefixes + suffixes
 
 
 def available_memory(settings: dict[str, Any]) -> float | None:
