@@ -130,6 +130,8 @@ def train(
         options["training_arguments"] = _parse_arguments(options.pop("training_arguments") or []) or None
         settings = load_config(config, **options)
         result: Any = preview(settings) if dry_run else run(settings)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return  # one process of several has the word
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     _print(dataclasses.asdict(result), as_json, render(result, color=color) if dry_run else str(result))
 

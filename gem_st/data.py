@@ -66,7 +66,7 @@ def load_source(source: str, *, split: str = "train", subset: str | None = None,
     Args:
         source: A csv, tsv, json, jsonl, parquet, arrow or txt file (one text a line), compressed or not; a folder of
             such files; or a Hub id.
-        split: Split, for a folder or the Hub; ``"train[:1000]"`` is a part of one.
+        split: Split; a file is all ``"train"``, of which ``"train[:1000]"`` is a part.
         subset: Configuration of a Hub data set that has several.
         streaming: Read it as it is trained on.
 
@@ -91,7 +91,7 @@ def load_source(source: str, *, split: str = "train", subset: str | None = None,
     try:
         if path.is_file():
             builder, options = EXTENSIONS[_extension(path)]
-            return load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
+            return load_dataset(builder, data_files=str(path), split=split, streaming=streaming, **options)
         return load_dataset(str(path) if path.is_dir() else source, subset, split=split, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         if "corresponds to no data" in str(error):

@@ -97,7 +97,7 @@ class TrainConfig:
     base: Annotated[str | None, "Base model, or GEM checkpoint to train further: Hub id or folder."] = None
     output: Annotated[str | None, "Folder for the checkpoint and its report; gem-<base> by default."] = None
     data: Annotated[str | None, "Texts: a csv, tsv, jsonl, parquet or txt file, a folder of them, or a Hub id."] = None
-    split: Annotated[str, "Split of the data; of a folder or the Hub."] = "train"
+    split: Annotated[str, "Split of the data, or a part such as train[:1000]; a file is all train."] = "train"
     subset: Annotated[str | None, "Configuration of a Hub data set that has several."] = None
     columns: Annotated[
         list[str] | None, "Columns in the order GemLoss reads them; messages, text, or all by default."

@@ -245,6 +245,7 @@ def test_every_kind_of_file_is_read(tmp_path):
     for name in ("a.csv", "a.jsonl", "a.parquet", "a.tsv", "a.txt", "a.csv.gz", "saved"):
         assert load_source(str(tmp_path / name))["text"] == CORPUS, name
         assert [row["text"] for row in load_source(str(tmp_path / name), streaming=True)] == CORPUS, name
+    assert load_source(str(tmp_path / "a.csv"), split="train[:2]")["text"] == CORPUS[:2]
     assert load_source(str(folder))["text"] == CORPUS[:3]
     assert load_source(str(folder), split="test")["text"] == CORPUS[3:]
 
