@@ -167,7 +167,8 @@ class GemLoss(nn.Module):
         tasks: Ways to make prefix and suffix, drawn evenly: ``"reconstruction"`` (the text twice), ``"continuation"``
             (cut at a random place; the row is then embedded by its first part), and, of two columns, ``"summary"``
             (context and summary) or ``"soft_prompt"`` (prompt and answer). By default the last two where the columns
-            of the trainer's data bear these names, otherwise the first two; reconstruction alone beside labels.
+            of the trainer's data bear these names and there is no ``inner``, otherwise the first two; reconstruction
+            alone beside labels.
         token_dropout: Share of tokens deleted for the second view of a text, in [0, 1). Defaults to 0.7, and beside a
             frozen base to 0.85.
         alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
@@ -285,7 +286,8 @@ class GemLoss(nn.Module):
     def _plan(self, column_names: Sequence[str] = (), has_labels: bool = False) -> _Plan:
         """Tasks of a batch with these columns, and the defaults that depend on them."""
         (gem,) = self._gem
-        by_name = [task for task, names in PAIR_TASKS.items() if names == tuple(column_names)]
+        columns = tuple(column_names) if self.inner is None else ()  # an inner loss knows what its columns are
+        by_name = [task for task, names in PAIR_TASKS.items() if names == columns]
         tasks = self.tasks or by_name or (WHOLE_TASKS if has_labels else DEFAULT_TASKS)
         plain_ratio, alpha = self._given
         if plain_ratio is None:
@@ -300,7 +302,21 @@ class GemLoss(nn.Module):
             for kind, data in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
                 check_dataset(data, kind, takes_labels=self.inner is not None)
             warn_of_truncation(self._gem[0], trainer.train_dataset)
+            self._check_batch_size(trainer)
         return super()._apply(fn, recurse)
+
+    def _check_batch_size(self, trainer: BaseTrainer) -> None:
+        """Raise if a batch of one has nothing to be told from: hard negatives, or texts of other processes."""
+        columns = getattr(trainer.train_dataset, "column_names", None) or ()
+        has_others = len(columns) > 2 or isinstance(columns, dict)
+        has_others = has_others or (self.gather_across_devices and trainer.args.world_size > 1)
+        if trainer.args.per_device_train_batch_size > 1 or has_others or self.alpha == 0 or self.inner is not None:
+            return
+        raise ValueError(
+            "In batches of one text there are no negatives to tell it from. Raise per_device_train_batch_size "
+            "(GemLoss(mini_batch_size=1) keeps the memory of one text), or pass alpha=0 for next-token prediction "
+            "alone."
+        )
 
     def current_alpha(self, state: TrainerState | None) -> float:
         """Weight of the contrastive part at the optimizer step; in evaluation, at the last step.

@@ -115,7 +115,9 @@ def gem_position_ids(segments: Tensor, attention_mask: Tensor) -> Tensor:
     return ((attention_mask.bool() & ~follows_gem).cumsum(dim=1) - 1).clamp(min=0)
 
 
-def gem_mask_function(segments: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def gem_mask_function(
+    segments: Tensor, text_ids: Tensor | None = None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The rule of the GEM mask, to be combined with causality: may query ``q`` attend to key ``k``?
 
     A token sees itself; the prefix is seen by prefix and GEM tokens; GEM and suffix tokens are seen by the suffix
@@ -123,6 +125,8 @@ def gem_mask_function(segments: Tensor) -> Callable[[Tensor, Tensor, Tensor, Ten
 
     Args:
         segments: Output of :func:`gem_segments`. Shape: ``(B, T)``
+        text_ids: Of rows packed with several texts, which text a token belongs to; it sees that one only.
+            Shape: ``(B, T)``
 
     Returns:
         A function of (batch, head, query, key) indices, as transformers' ``and_mask_function`` takes it.
@@ -131,13 +135,19 @@ def gem_mask_function(segments: Tensor) -> Callable[[Tensor, Tensor, Tensor, Ten
     def may_attend(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         key_in_prefix = segments[batch_idx, kv_idx] == PREFIX
         query_in_suffix = segments[batch_idx, q_idx] == SUFFIX
-        return (q_idx == kv_idx) | (key_in_prefix != query_in_suffix)
+        rule = (q_idx == kv_idx) | (key_in_prefix != query_in_suffix)
+        return rule if text_ids is None else rule & (text_ids[batch_idx, q_idx] == text_ids[batch_idx, kv_idx])
 
     return may_attend
 
 
 def gem_attention_mask(
-    config: Any, segments: Tensor, attention_mask: Tensor, dtype: torch.dtype, past_key_values: Cache | None = None
+    config: Any,
+    segments: Tensor,
+    attention_mask: Tensor,
+    dtype: torch.dtype,
+    past_key_values: Cache | None = None,
+    text_ids: Tensor | None = None,
 ) -> Any:
     """The attention mask of the paper (section 3, figure 1), built by transformers for the model's attention.
 
@@ -161,6 +171,7 @@ def gem_attention_mask(
         attention_mask: True (or 1) for real tokens, on either side. Shape: ``(B, T)``
         dtype: Data type of the hidden states, used by the additive masks of eager attention.
         past_key_values: A cache that holds the first ``P`` of the T tokens, which are then keys only.
+        text_ids: As :func:`gem_mask_function` takes it. Shape: ``(B, T)``
 
     Returns:
         What the backbone takes as ``attention_mask``: a mask of shape ``(B, 1, T - P, T)`` (sdpa: True means
@@ -182,7 +193,7 @@ def gem_attention_mask(
         "attention_mask": attention_mask.bool(),
         "past_key_values": past_key_values,
     }
-    may_attend = gem_mask_function(segments)
+    may_attend = gem_mask_function(segments, text_ids)
     if config._attn_implementation == "flex_attention":
         return create_masks_for_generate(**inputs, and_mask_function=may_attend)
     # The same for masks that are tensors, but many times faster: given a function, transformers maps it over indices.
@@ -224,6 +235,29 @@ def length_buckets(lengths: Tensor, cost: int) -> list[Tensor]:
             starts.append(index)
             longest, padding = length, 0
     return list(order.tensor_split(starts))
+
+
+def pack_texts(lengths: Tensor, width: int) -> Tensor:
+    """Put short texts into one row each of no more than ``width`` tokens, the longest first, where they fit first.
+
+    Args:
+        lengths: Tokens in each text, which is a right-padded row of ``width`` places. Shape: ``(B,)``
+        width: T.
+
+    Returns:
+        For each place of a packed row the index of its token among all ``B * T``, or -1. Shape: ``(rows, at most T)``
+    """
+    rows: list[list[Tensor]] = []
+    room: list[int] = []
+    for text in lengths.argsort(descending=True, stable=True).tolist():
+        length = int(lengths[text])
+        row = next((row for row, left in enumerate(room) if left >= length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(int(lengths.max()))
+        rows[row].append(torch.arange(text * width, text * width + length))
+        room[row] -= length
+    return pad_sequence([torch.cat(row) for row in rows], batch_first=True, padding_value=-1).to(lengths.device)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -697,6 +731,7 @@ class GemTransformer(InputModule):
                 options["target_modules"] = self._linear_names()
             self._add_lora(_import_peft().LoraConfig(**_check_lora_kwargs({**options, **(lora_kwargs or {})})))
         self._check_is_causal(base)
+        self._can_pack = self._probe_packing()
         if num_gem_tokens > 1 or freeze_base:
             self.require_attention_mask()
         self._base_versions = self._count_changes()
@@ -917,6 +952,20 @@ class GemTransformer(InputModule):
             except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
                 return False
         return len(past.layers) > 0 and _is_same(last, whole[:, -2:])
+
+    @torch.no_grad()
+    def _probe_packing(self) -> bool:
+        """True if two texts in one row give the hidden states they have alone."""
+        if self.freeze_base or self.model.config._attn_implementation not in ("eager", "sdpa"):
+            return False
+        ids = torch.cat([self._probe(0, 1, 2), self._probe(3, 2, 0), self._probe(1, 0, 0)])
+        real = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]], device=ids.device)
+        with _Evaluating(self.model):
+            try:
+                packed = self._packed_hidden_states(ids, torch.zeros_like(ids), real)
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+                return False
+            return _is_same(packed[real.bool()], self._last_hidden_state(ids)[real.bool()])
 
     def _require_cache(self) -> None:
         if not self._can_cache:
@@ -1141,13 +1190,15 @@ class GemTransformer(InputModule):
         return torch.cat(embeddings)[order.argsort()], sum(losses) / count_targets(rows[2]).clamp(min=1)
 
     def _hidden_states(self, input_ids: Tensor, segments: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run right-padded rows through the backbone in groups of like length; zeros at padding.
+        """Run right-padded rows through the backbone, packed in training, otherwise in groups of like length.
 
         Sharded training (FSDP, DeepSpeed) needs as many passes on every process, hence one group there.
-        Shapes: ``(B, T)`` each -> ``(B, T, D)``
+        Shapes: ``(B, T)`` each -> ``(B, T, D)``, zeros at padding
         """
         run: Any = self._staged_hidden_states if self.freeze_base else self._causal_hidden_states
         lengths = attention_mask.sum(dim=1)
+        if self._should_pack(lengths):
+            return self._packed_hidden_states(input_ids, segments, attention_mask)
         shared = self._run_shared_prefix(input_ids, segments, lengths)
         cost = BUCKET_COST.get(input_ids.device.type, 2048)
         distributed = torch.distributed
@@ -1168,6 +1219,33 @@ class GemTransformer(InputModule):
             states[rows, :width] = part
         assert states is not None  # there are two buckets or more
         return states
+
+    def _packed_hidden_states(self, input_ids: Tensor, segments: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run short texts side by side in one row, where each sees itself only. Shapes: ``(B, T)`` -> ``(B, T, D)``"""
+        num_rows, width = input_ids.shape
+        places = pack_texts(attention_mask.sum(dim=1), width)
+        is_real, source = places >= 0, places.clamp(min=0)
+        text_ids = places.div(width, rounding_mode="floor")
+        packed_segments = segments.flatten()[source].masked_fill(~is_real, PREFIX)
+        states = self._run(
+            self.model,
+            input_ids=input_ids.flatten()[source],
+            # Padding is a text of its own, so that no query is left without a key.
+            attention_mask=gem_attention_mask(
+                self.model.config, packed_segments, torch.ones_like(places), self.model.dtype, text_ids=text_ids
+            ),
+            position_ids=gem_position_ids(segments, attention_mask).flatten()[source],
+        )
+        unpacked = states.new_zeros((num_rows * width, states.shape[-1]))
+        return unpacked.index_put((places[is_real],), states[is_real]).view(num_rows, width, -1)
+
+    def _should_pack(self, lengths: Tensor) -> bool:
+        """True in training where packing is possible, and saves more padding than another pass would cost."""
+        implementation = self.model.config._attn_implementation
+        if not (self._can_pack and torch.is_grad_enabled() and implementation in ("eager", "sdpa")):
+            return False
+        longest = int(lengths.max())
+        return longest <= self._rope_limit and int((longest - lengths).sum()) > BUCKET_COST["cpu"]
 
     @property
     def _rope_limit(self) -> float:

@@ -49,6 +49,8 @@ INNER = {
     "batch hard": (lambda model, _: losses.BatchHardTripletLoss(model), SINGLE, "class"),
     "triplet": (lambda model, _: losses.TripletLoss(model), TRIPLET, ""),
     "mse": (lambda model, _: losses.MSELoss(model), SINGLE, "teacher"),
+    "embed distill": (lambda model, _: losses.EmbedDistillLoss(model), SINGLE, "teacher"),
+    "orthogonal": (lambda model, _: losses.GlobalOrthogonalRegularizationLoss(model), PAIR, ""),
     "margin mse": (lambda model, _: losses.MarginMSELoss(model), TRIPLET, "margin"),
     "mega batch": (lambda model, _: losses.MegaBatchMarginLoss(model, mini_batch_size=2), PAIR, ""),
     "matryoshka": (
@@ -70,6 +72,7 @@ def gradients(loss: torch.nn.Module, model: SentenceTransformer, columns, labels
     model.zero_grad()
     torch.manual_seed(0)
     value = loss([model.preprocess(list(column)) for column in columns], labels)
+    value = sum(value.values()) if isinstance(value, dict) else value
     value.backward()
     return value.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 

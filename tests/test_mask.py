@@ -7,8 +7,21 @@ import shutil
 import pytest
 import torch
 
-from gem_st import gem_attention_mask
-from gem_st.modeling_gem import GEM, PREFIX, SUFFIX, gem_position_ids, gem_segments, length_buckets, pool_gem_tokens
+from gem_st import GemLoss, gem_attention_mask
+from gem_st import modeling_gem as modeling
+from gem_st.modeling_gem import (
+    GEM,
+    PREFIX,
+    SUFFIX,
+    gem_position_ids,
+    gem_segments,
+    length_buckets,
+    pack_texts,
+    pool_gem_tokens,
+)
+from gem_st.views import split_rows
+
+from .conftest import CORPUS
 
 P, G, S = PREFIX, GEM, SUFFIX
 GEM_IDS = [90, 91]
@@ -249,3 +262,45 @@ def test_bfloat16_vectors_stay_close_to_float32(make_model):
     half = make_model(num_gem_tokens=3, model_kwargs={"dtype": torch.bfloat16}).encode(texts, convert_to_tensor=True)
     assert half.dtype == torch.bfloat16
     assert torch.cosine_similarity(full, half.float()).min() > 0.999
+
+
+# ---- packing
+
+
+def test_short_texts_share_a_row():
+    places = pack_texts(torch.tensor([2, 5, 3, 1]), 6)
+    assert places.tolist() == [[6, 7, 8, 9, 10], [12, 13, 14, 0, 1], [18, -1, -1, -1, -1]]
+    assert pack_texts(torch.tensor([3, 3]), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3", "gpt_neo"])
+def test_packed_texts_have_the_states_and_gradients_they_have_alone(make_model, monkeypatch, architecture, attention):
+    if architecture == "gpt_neo" and attention == "sdpa":
+        attention = "eager"
+    kwargs = {"model_kwargs": {"attn_implementation": attention}}
+    model = make_model(architecture, num_gem_tokens=2, **kwargs).train()
+    gem = model[0]
+    loss = GemLoss(model, plain_ratio=0.5, alpha=0.5)
+    torch.manual_seed(0)
+    rows, _ = loss.build_rows(split_rows(*model.preprocess(CORPUS).values(), gem.gem_token_ids))
+    results, calls = [], []
+    run = gem._packed_hidden_states
+    monkeypatch.setattr(gem, "_packed_hidden_states", lambda *args: calls.append(1) or run(*args))
+    for cost in (10**9, 0):
+        monkeypatch.setitem(modeling.BUCKET_COST, "cpu", cost)
+        model.zero_grad()
+        output = model(loss.collate(rows))
+        (output["ntp_loss"] + output["sentence_embedding"].square().sum()).backward()
+        gradient = gem.model.get_input_embeddings().weight.grad.clone()
+        results.append((output["sentence_embedding"], output["ntp_loss"], gradient))
+    assert len(calls) == 1
+    for single, packed in zip(*results, strict=True):
+        torch.testing.assert_close(packed, single, atol=2e-5, rtol=1e-4)
+
+
+def test_models_that_cannot_be_masked_are_not_packed(make_model, monkeypatch):
+    assert make_model()[0]._can_pack
+    assert not make_model(freeze_base=True)[0]._can_pack
+    monkeypatch.setattr(modeling, "_combine_masks", lambda mask, rule, is_causal: is_causal.expand_as(rule))
+    assert not make_model()[0]._can_pack

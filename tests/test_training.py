@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import TrainerCallback
 
 from gem_st import AlphaSchedule, GemLoss, TwoPhaseLearningRate
@@ -203,8 +204,6 @@ torch.distributed.destroy_process_group()
 
 
 def test_another_loss_of_sentence_transformers_trains_it_too(make_model, tmp_path):
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-
     model = make_model(num_gem_tokens=2)
     pairs = Dataset.from_dict({"anchor": CORPUS[:4], "positive": CORPUS[4:]})
     trainer = make_trainer(
@@ -252,6 +251,17 @@ def test_texts_that_cannot_be_told_apart_are_refused(make_model, tmp_path, colum
         make_trainer(make_model(), tmp_path, Dataset.from_dict(columns))
 
 
+def test_batches_of_one_have_no_negatives(make_model, tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match="no negatives to tell it from"):
+        make_trainer(model, tmp_path, per_device_train_batch_size=1)
+    make_trainer(model, tmp_path, per_device_train_batch_size=1, loss=GemLoss(model, alpha=0.0)).train()
+    hard = Dataset.from_dict({"anchor": CORPUS[:4], "positive": CORPUS[4:], "negative": CORPUS[2:6]})
+    trainer = make_trainer(model, tmp_path, hard, per_device_train_batch_size=1, loss=GemLoss(model, alpha=1.0))
+    trainer.train()
+    assert min(logged(trainer, "contrastive")) > 0
+
+
 def test_an_alpha_out_of_range_is_refused_at_the_first_step(make_model, tmp_path):
     model = make_model()
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2.0"):
@@ -279,6 +289,8 @@ def test_columns_named_for_a_task_train_it(make_model, tmp_path, freeze_base):
     trainer.train()
     assert seen[0].tasks == ("soft_prompt",)
     assert seen[0].plain_ratio == (0.5 if freeze_base else 0.8)
+    pairs = GemLoss(model, inner=MultipleNegativesRankingLoss(model), alpha=0.5)
+    assert pairs._plan(["prompt", "answer"]).tasks == ("reconstruction", "continuation")
     assert trainer.loss._plan(["anchor", "positive"]).tasks == ("reconstruction", "continuation")
     assert max(logged(trainer, "ntp")) > 0
     assert min(logged(trainer, "contrastive")) > 0

@@ -1,0 +1,249 @@
+"""One training step of GemLoss against the obvious way to write it: time, and the memory it takes.
+
+    python benchmarks/train_step.py speed --base examples/base-8m --texts examples/data/train.txt
+    python benchmarks/train_step.py memory
+
+The obvious way runs plain rows for next-token prediction, rows with GEM tokens for their embeddings and what is behind
+them, and the second views, one after the other, each padded to its longest row, with all logits. The maths are the
+same: both losses and all gradients are compared before anything is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import sentence_transformers
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from gem_st import GemLoss, GemTransformer, modeling_gem
+from gem_st.losses import find_same_texts, info_nce, text_keys
+from gem_st.modeling_gem import gem_segments, pool_gem_tokens
+from gem_st.views import split_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+ALPHA = 0.5
+SHAPES = ((8, 64), (8, 256), (32, 64))
+
+
+def naive_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
+    """The loss in three forward passes with all logits. Shape: ``()``"""
+    (gem,) = loss._gem
+    rows, prefixes = loss.build_rows(texts)
+    views = loss.build_views(prefixes)
+    is_plain = [int(row[-1]) in gem.gem_token_ids for row, _ in rows]
+    plain = [(prefix, prefix) for prefix, keep in zip(prefixes, is_plain, strict=True) if keep]
+    behind = [
+        (row, torch.full_like(labels, -100) if no_targets else labels)
+        for (row, labels), no_targets in zip(rows, is_plain, strict=True)
+    ]
+    total, count, embeddings = torch.zeros(()), 0, []
+    for kind, part in (("plain", plain), ("gem", behind), ("view", views)):
+        if not part:
+            continue
+        features = loss.collate(part)
+        ids, real, labels = features["input_ids"], features["attention_mask"], features["labels"]
+        states = whole_rows(gem, ids, real, has_gem=kind != "plain")
+        if kind != "plain":
+            segments = gem_segments(ids, real, gem.gem_token_ids)
+            embeddings.append(pool_gem_tokens(states, segments, gem.num_gem_tokens, gem.pooling))
+        if kind != "view":
+            logits = gem.model.get_output_embeddings()(states)[:, :-1].float()
+            total = total + F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            count += int((labels[:, 1:] != -100).sum())
+    same_text = find_same_texts(text_keys(prefixes), len(prefixes))
+    contrastive = info_nce(embeddings[0], embeddings[1], gem.logit_scale.exp(), same_text)
+    return (1 - ALPHA) * total / max(1, count) + ALPHA * contrastive
+
+
+def whole_rows(gem: GemTransformer, ids: Tensor, real: Tensor, has_gem: bool) -> Tensor:
+    """Hidden states of a padded batch in one pass. Shapes: ``(B, T)`` each -> ``(B, T, D)``"""
+    segments = gem_segments(ids, real, gem.gem_token_ids)
+    return gem._causal_hidden_states(ids, segments, real) if has_gem else gem._last_hidden_state(ids)
+
+
+def our_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
+    (gem,) = loss._gem
+    rows = [torch.cat([text, torch.tensor(gem.gem_token_ids)]) for text in texts]
+    return loss([gem.pad(rows, padding_side="right")])
+
+
+def grouped_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
+    """Ours without packing: texts in groups of like length."""
+    with patch.object(loss._gem[0], "_can_pack", False):
+        return our_loss(loss, texts)
+
+
+def padded_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
+    """Ours without packing and groups, as in training of several processes before there was packing."""
+    with patch.dict(modeling_gem.BUCKET_COST, cpu=10**9):
+        return our_loss(loss, texts)
+
+
+WAYS = {"naive": naive_loss, "ours": our_loss}
+PADDING = {"grouped": grouped_loss, "padded": padded_loss}
+
+
+def load(base: str, num_gem_tokens: int, freeze_base: bool = False, **loss_options: object) -> GemLoss:
+    torch.manual_seed(0)
+    gem = GemTransformer(
+        base, num_gem_tokens=num_gem_tokens, freeze_base=freeze_base, model_kwargs={"dtype": torch.float32}
+    )
+    model = SentenceTransformer(modules=[gem], device="cpu")
+    return GemLoss(model, alpha=ALPHA, plain_ratio=0.8, **loss_options).train()
+
+
+def check_same(loss: GemLoss, texts: list[Tensor]) -> float:
+    """Largest difference of a gradient, relative to the largest gradient."""
+    parameters = [p for p in loss.parameters() if p.requires_grad]
+    values, gradients = [], []
+    for way in WAYS.values():
+        torch.manual_seed(1)
+        value = way(loss, texts)
+        values.append(value.item())
+        gradients.append(torch.autograd.grad(value, parameters, allow_unused=True))
+    assert abs(values[0] - values[1]) < 1e-4 * abs(values[0]), values
+    pairs = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
+    largest = max(float(a.abs().max()) for a, _ in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs) / largest
+
+
+def measure_speed(args: argparse.Namespace) -> dict:
+    lines = [line for line in Path(args.texts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    result = {}
+    for num_gem_tokens in (1, 4):
+        loss = load(args.base, num_gem_tokens)
+        (gem,) = loss._gem
+        gem.max_seq_length = args.length
+        optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-5)
+        texts = split_rows(*gem.preprocess(random.Random(0).sample(lines, args.batch_size)).values(), gem.gem_token_ids)
+        error = check_same(loss, texts)
+        ways = {**WAYS, **PADDING}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for round_ in range(args.rounds + 1):
+            for name, way in ways.items():
+                torch.manual_seed(round_)
+                start = time.perf_counter()
+                optimizer.zero_grad()
+                way(loss, texts).backward()
+                optimizer.step()
+                if round_:  # the first warms up
+                    seconds[name].append(time.perf_counter() - start)
+        result[f"K={num_gem_tokens}"] = {
+            **{f"{name} / ours": compare(seconds[name], seconds["ours"]) for name in ("naive", *PADDING)},
+            "gradient_error": error,
+            "tokens_in_texts": sorted(map(len, texts))[:: max(1, len(texts) // 8)],
+        }
+        print(f"K={num_gem_tokens}", result[f"K={num_gem_tokens}"], flush=True)
+    return result
+
+
+def compare(others: list[float], ours: list[float]) -> dict[str, float]:
+    """Median, smallest and largest ratio of a round."""
+    ratios = sorted(other / our for other, our in zip(others, ours, strict=True))
+    return {"median": round(statistics.median(ratios), 2), "from": round(ratios[0], 2), "to": round(ratios[-1], 2)}
+
+
+def measure_peak(args: argparse.Namespace) -> None:
+    """In a process of its own: the most memory of one step above what the model took before it, in MiB."""
+    options = {} if args.mini_batch_size is None else {"mini_batch_size": args.mini_batch_size}
+    loss = load(args.base, 1, args.freeze_base, **options)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(2, 400, (args.length,), generator=generator) for _ in range(args.batch_size)]
+    loss.token_dropout = 0.5
+    before = peak()
+    WAYS[args.way](loss, texts).backward()
+    print(json.dumps(round(peak() - before)))
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def make_base(folder: Path, vocab_size: int, args: argparse.Namespace) -> None:
+    """A random Llama with many rows in its vocabulary, most of which its tokenizer never uses."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=args.width,
+        intermediate_size=4 * args.width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "examples" / "base-8m").save_pretrained(folder)
+
+
+def measure_memory(args: argparse.Namespace) -> list[dict]:
+    table = []
+    with tempfile.TemporaryDirectory() as root:
+        for vocab_size, shapes in {32_000: SHAPES, 128_256: SHAPES[:2], 8_192: ()}.items():
+            base = Path(root) / str(vocab_size)
+            make_base(base, vocab_size, args)
+            for batch_size, length in shapes:
+                row = {"B": batch_size, "T": length, "V": vocab_size}
+                for way in WAYS:
+                    row[way] = run_step(base, way, batch_size, length)
+                row["naive / ours"] = round(row["naive"] / row["ours"], 2)
+                table.append(row)
+                print(row, flush=True)
+        for freeze_base in (False, True):
+            for batch_size, size in ((32, None), (256, None), (256, 32), (1024, 32)):
+                options = ["--freeze-base"] if freeze_base else []
+                options += [] if size is None else ["--mini-batch-size", str(size)]
+                mode = "frozen" if freeze_base else "full"
+                row = {"mode": mode, "B": batch_size, "T": 64, "V": 8_192, "mini_batch_size": size}
+                row["ours"] = run_step(Path(root) / "8192", "ours", batch_size, 64, *options)
+                table.append(row)
+                print(row, flush=True)
+    return table
+
+
+def run_step(base: Path, way: str, batch_size: int, length: int, *options: str) -> int:
+    command = [sys.executable, __file__, "peak", "--base", str(base), "--way", way, "--length", str(length)]
+    command += ["--batch-size", str(batch_size), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "memory", "peak"))
+    parser.add_argument("--base", default=str(ROOT / "examples" / "base-8m"))
+    parser.add_argument("--texts", default=str(ROOT / "examples" / "data" / "train.txt"))
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--length", type=int, default=128, help="tokens in a row at most; in `peak`, of each text")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--width", type=int, default=256, help="of the random model whose memory is measured")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--way", choices=WAYS, default="ours")
+    parser.add_argument("--mini-batch-size", type=int)
+    parser.add_argument("--freeze-base", action="store_true")
+    args = parser.parse_args()
+    if args.what == "peak":
+        return measure_peak(args)
+    result = measure_speed(args) if args.what == "speed" else measure_memory(args)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, sentence_transformers)}
+    print(json.dumps({"result": result, "threads": torch.get_num_threads(), **versions}))
+
+
+if __name__ == "__main__":
+    main()
