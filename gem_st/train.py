@@ -86,6 +86,21 @@ OWN_ARGUMENTS = {
 """Training arguments that are options of their own here."""
 
 
+EXCLUDED = {
+    ("data", "self_generate"): "either data is read, or the base writes it.",
+    ("steps", "epochs"): "each sets the length of the training.",
+    ("resume", "overwrite"): "one goes on with a training, the other starts anew.",
+    ("self_generate", "columns"): "texts that the base writes have one column.",
+    ("self_generate", "streaming"): "texts that the base writes are in memory.",
+    ("self_generate", "num_rows"): "self_generate is the number of rows.",
+    ("alpha", "ntp_steps"): "alpha is constant, the other is part of a schedule.",
+    ("alpha", "final_alpha"): "alpha is constant, the other is part of a schedule.",
+    ("alpha", "rise_steps"): "alpha is constant, the other is part of a schedule.",
+    ("alpha", "ntp_learning_rate"): "the second rate is for the steps in which a schedule holds alpha at 0.",
+}
+"""Settings of which only one may be given, and why."""
+
+
 @dataclass
 class TrainConfig:
     """Settings of a training; the keys of a YAML file and, with dashes, the options of ``gem-st train``.
@@ -94,7 +109,7 @@ class TrainConfig:
     decide; :meth:`resolve` does that.
     """
 
-    base: Annotated[str | None, "Base model, or GEM checkpoint to train further: Hub id or folder."] = None
+    base: Annotated[str | None, "Base model: Hub id or folder."] = None
     output: Annotated[str | None, "Folder for the checkpoint and its report; gem-<base> by default."] = None
     data: Annotated[str | None, "Texts: a csv, tsv, jsonl, parquet or txt file, a folder of them, or a Hub id."] = None
     split: Annotated[str, "Split of the data, or a part such as train[:1000]; a file is all train."] = "train"
@@ -221,8 +236,8 @@ class TrainConfig:
 
     def describe(self) -> dict[str, Any]:
         """Settings that say something, for logs and reports."""
-        values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if value not in (None, False, [], {})}
+        values = dataclasses.asdict(self).items()  # 0 says something
+        return {name: value for name, value in values if not (value is None or value is False or value in ([], {}))}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -315,7 +330,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             return list(parts)
     elif outer is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif outer is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
+    elif outer is int and isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer():
         return int(value)
     elif outer is str and isinstance(value, str | Path):
         return str(value)
@@ -366,25 +381,9 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def _check_combinations(config: TrainConfig) -> None:
-    """Refuse options that contradict each other."""
-    given = {name for name, value in vars(config).items() if value not in (None, False, {}, [])} | {
-        name for name in ("alpha", "ntp_steps", "rise_steps") if getattr(config, name) is not None
-    }
-    excluded = {
-        ("data", "self_generate"): "either data is read, or the base writes it.",
-        ("steps", "epochs"): "each sets the length of the training.",
-        ("resume", "overwrite"): "one goes on with a training, the other starts anew.",
-        ("self_generate", "columns"): "texts that the base writes have one column.",
-        ("self_generate", "streaming"): "texts that the base writes are in memory.",
-        ("self_generate", "num_rows"): "self_generate is the number of rows.",
-        **{
-            ("alpha", name): "alpha is constant, the other is part of a schedule."
-            for name in ("ntp_steps", "final_alpha")
-        },
-        ("alpha", "rise_steps"): "alpha is constant, the other is part of a schedule.",
-        ("alpha", "ntp_learning_rate"): "the second rate is for the steps in which a schedule holds alpha at 0.",
-    }
-    for names, reason in excluded.items():
+    """Refuse options that contradict each other, or lack what they need."""
+    given = set(config.describe())
+    for names, reason in EXCLUDED.items():
         if given.issuperset(names):
             source = f" (some are of recipe {config.recipe!r})" if config.recipe else ""
             raise ValueError(f"{names[0]} and {names[1]} exclude each other: {reason} Drop one{source}.")
@@ -674,6 +673,9 @@ def build_model(config: TrainConfig) -> SentenceTransformer:
 
         rank = config.lora_rank or 32
         model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        for weight in model.parameters():
+            if weight.requires_grad:  # in lower precision small steps would be lost to rounding
+                weight.data = weight.data.float()
     return model
 
 

@@ -98,6 +98,7 @@ def test_the_recipe_of_the_paper_is_its_table(make_base, tmp_path):
     assert config.plain_ratio == 0.8
     assert config.tasks == ["reconstruction"]
     assert config.scale == 20
+    assert config.describe()["rise_steps"] == 0
     options = loss_options(config)
     assert [options["alpha"](step, 1_000) for step in (0, 99, 100, 101, 999)] == [0, 0, 1, 1, 1]
     data = load_data_of(config, Dataset.from_dict({"text": CORPUS}))
@@ -159,6 +160,7 @@ def test_epochs_count_steps(make_config, monkeypatch):
         ("stesp: 3", "no setting 'stesp'. Did you mean 'steps'"),
         ("steps: many", "steps must be a whole number, got 'many'"),
         ("steps: 2.5", "steps must be a whole number, got 2.5"),
+        ("steps: .nan", "steps must be a whole number, got nan"),
         ("streaming: 3", "streaming must be true or false, got 3"),
         ("columns: {a: b}", "columns must be a list of names"),
         ("training_arguments: 3", "training_arguments must be a mapping"),
@@ -194,6 +196,7 @@ def test_a_file_that_is_not_there(tmp_path):
         ({"data": "x", "self_generate": 10}, "data and self_generate exclude each other"),
         ({"steps": 4, "epochs": 1.0}, "steps and epochs exclude each other"),
         ({"alpha": 0.0, "ntp_steps": 0}, "alpha and ntp_steps exclude each other"),
+        ({"alpha": 0.0, "final_alpha": 0.0}, "alpha and final_alpha exclude each other"),
         ({"recipe": "paper", "alpha": 0.5}, r"exclude each other.*some are of recipe 'paper'"),
         ({"alpha": 0.5, "ntp_learning_rate": 1e-4}, "alpha and ntp_learning_rate exclude each other"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
@@ -314,7 +317,7 @@ def test_texts_that_a_base_writes_are_whole_different_sentences():
     runs = []
     for _ in range(2):
         set_seed(3)
-        runs.append(sample_texts(model, tokenizer, 6, batch_size=8, max_new_tokens=48))
+        runs.append(sample_texts(model, tokenizer, 6, batch_size=16, max_new_tokens=40))
     assert runs[0] == runs[1]
     assert len(set(runs[0])) == 6
     assert all(16 <= len(text) <= 256 and text[-1] in ".!?" for text in runs[0])
@@ -372,7 +375,9 @@ def test_a_frozen_base_writes_what_it_wrote_and_a_lora_is_an_adapter(make_config
     assert "no reconstruction task" in result.report.read_text()
     assert (result.folder / "gem_adapter").is_dir()
 
-    result = train(make_config(mode="lora", lora_rank=4, overwrite=True, training_arguments={"save_strategy": "no"}))
+    options = {"mode": "lora", "lora_rank": 4, "dtype": "bfloat16", "training_arguments": {"save_strategy": "no"}}
+    assert {p.dtype for p in build(make_config(**options)).parameters() if p.requires_grad} == {torch.float32}
+    result = train(make_config(**options, overwrite=True))
     model = SentenceTransformer(str(result.folder), trust_remote_code=True, device="cpu")
     assert model[0]._has_lora
     assert json.loads((result.folder / "report.json").read_text())["settings"]["learning_rate"] == 5e-4
