@@ -223,6 +223,24 @@ def test_the_mini_batch_size_of_an_inner_loss_is_taken_over(make_model):
 # ---- in the trainer
 
 
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"bf16": True}, {"gradient_accumulation_steps": 2}]
+)
+def test_mini_batches_go_with_other_savings(make_model, tmp_path, options):
+    weights = []
+    for size in (None, 2):
+        model = make_model(num_gem_tokens=2)
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=make_arguments(tmp_path, learning_rate=1e-3, optim="sgd", **options),
+            train_dataset=Dataset.from_dict({"text": CORPUS * 2}),
+            loss=GemLoss(model, alpha=0.5, mini_batch_size=size),
+        )
+        trainer.train()
+        weights.append(model[0].model.get_input_embeddings().weight.detach())
+    torch.testing.assert_close(*weights, atol=1e-3 if "bf16" in options else 1e-5, rtol=1e-4)
+
+
 def make_arguments(tmp_path, **kwargs):
     return SentenceTransformerTrainingArguments(
         tmp_path,
