@@ -205,6 +205,9 @@ class TrainConfig:
             num_rows: Rows to train on; None for a stream, which has ``steps``.
             columns: Their columns.
             context: Tokens that the base can read; None if it has no limit.
+
+        Raises:
+            ValueError: If rows are longer than that, or nothing would be learned.
         """
         new = dataclasses.replace(self, output=str(self.folder), precision=choose_precision(self.precision))
         new.tasks = self.tasks or pair_tasks(columns)
@@ -216,6 +219,8 @@ class TrainConfig:
         if new.steps is None:
             new.steps = count_steps(num_rows or 0, self)
         new.max_length = new.max_length or min(512, context or 512)
+        if context and new.max_length > context:
+            raise ValueError(f"max_length {new.max_length} is more than the {context} tokens that the base can read.")
         new.dtype = new.dtype or ("bfloat16" if self.mode == "qlora" else "float32")
         new.lora_rank = None if self.mode == "full" else new.lora_rank or 32
         new.tasks = new.tasks or ([] if new.plain_ratio == 1 else list(DEFAULT_TASKS))
@@ -530,7 +535,11 @@ def train(config: TrainConfig) -> TrainResult:
     if trainer.is_world_process_zero():
         write_json(config.folder / "report.json", {"before": before})  # for a training that is resumed
     trainer.train(resume_from_checkpoint=last_checkpoint(config.folder) if config.resume else None)
-    after = measure(trainer, loss, data)
+    try:
+        after = measure(trainer, loss, data)
+    finally:  # after it, for the card; whatever becomes of it, the training is not lost
+        if trainer.is_world_process_zero():
+            model.save_pretrained(str(config.folder))
     content = {
         "settings": {name: _without_folders(value) for name, value in config.describe().items()},
         "versions": describe_versions(),
@@ -542,7 +551,6 @@ def train(config: TrainConfig) -> TrainResult:
         "log_history": trainer.state.log_history,
     }
     if trainer.is_world_process_zero():
-        model.save_pretrained(str(config.folder))
         write_report(config.folder, content)
     return TrainResult(
         config.folder, config.folder / "report.html", (before or {}).get("metrics", {}), after.get("metrics", {})

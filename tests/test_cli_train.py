@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gzip
 import json
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -23,7 +25,16 @@ from gem_st.cli import app
 from gem_st.data import load_source, sample_texts, set_aside
 from gem_st.dry_run import count_tokens, estimate_memory, preview, render
 from gem_st.report import render_report
-from gem_st.train import TrainConfig, build_arguments, build_trainer, load_config, load_data, loss_options, train
+from gem_st.train import (
+    TrainConfig,
+    TrainResult,
+    build_arguments,
+    build_trainer,
+    load_config,
+    load_data,
+    loss_options,
+    train,
+)
 
 from .conftest import BASE_8M, CORPUS, ROOT
 
@@ -215,6 +226,13 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(make_conf
     config = make_config(**{"base": "no/such-model", **options})
     with pytest.raises(ValueError, match=message):
         train(config)
+
+
+def test_rows_longer_than_the_base_can_read_are_refused_before_it_is_loaded(make_config, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(ValueError, match="max_length 300 is more than the 256 tokens that the base can read"):
+        train(make_config(max_length=300))
+    assert make_config(max_length=None).resolve(40, ["text"], 256).max_length == 256
 
 
 def test_precision_and_packages_are_those_of_this_machine(make_config, monkeypatch):
@@ -587,6 +605,41 @@ def test_the_settings_that_ship_are_valid():
         config.check()
         assert (ROOT / str(config.base)).is_dir()
         assert len(load_dataset("text", data_files=str(ROOT / str(config.data)), split="train")) > 1000
+
+
+def test_the_commands_and_options_that_docs_show_exist(tmp_path, monkeypatch):
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/training.md"))
+    commands = re.findall(r"^gem-st train ((?:.*\\\n)*.*)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 10
+    checked = []
+
+    def check(config):
+        config.check()
+        checked.append(config)
+        return TrainResult(Path("a"), Path("b"), {}, {})
+
+    monkeypatch.setattr("gem_st.train.train", check)
+    monkeypatch.setattr("gem_st.dry_run.preview", check)
+    monkeypatch.setattr("gem_st.dry_run.render", lambda shown, color: str(shown))
+    monkeypatch.chdir(ROOT)
+    for command in commands:
+        result = invoke(*shlex.split(command.replace("\\\n", " "), comments=True))
+        assert result.exit_code == 0, (command, result.output)
+    assert len(checked) == len(commands)
+    options = set(re.findall(r"`(--[a-z-]+)", (ROOT / "docs" / "training.md").read_text(encoding="utf-8")))
+    known = {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(TrainConfig)}
+    assert known - {"--training-arguments"} == options - {"--config", "--dry-run"}
+
+
+def test_a_checkpoint_is_saved_whatever_becomes_of_the_report(make_config, monkeypatch):
+    from gem_st import train as module
+
+    results = iter([{"metrics": {}}])
+    monkeypatch.setattr(module, "measure", lambda *args: next(results))  # the second is a StopIteration
+    config = make_config(training_arguments={"save_strategy": "no"})
+    with pytest.raises(StopIteration):
+        module.train(config)
+    assert SentenceTransformer(str(config.folder), trust_remote_code=True, device="cpu").encode("a").shape == (32,)
 
 
 def test_trackers_and_other_arguments_reach_the_trainer(make_config):
