@@ -431,15 +431,14 @@ def _check_training_arguments(arguments: dict[str, Any]) -> None:
 
 
 def _check_packages(mode: str) -> None:
-    needed = {
-        "datasets": 'pip install "gem-st[train]"',
-        "peft": "pip install peft",
-        "bitsandbytes": "pip install bitsandbytes",
-    }
-    packages = {"full": ("datasets",), "qlora": ("datasets", "peft", "bitsandbytes")}.get(mode, ("datasets", "peft"))
-    for package in packages:
+    needed = dict.fromkeys(("datasets", "accelerate"), 'pip install "gem-st[train]"')
+    if mode != "full":
+        needed["peft"] = "pip install peft"
+    if mode == "qlora":
+        needed["bitsandbytes"] = "pip install bitsandbytes"
+    for package, command in needed.items():
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"mode {mode!r} needs {package}, which is not installed: {needed[package]}")
+            raise ImportError(f"mode {mode!r} needs {package}, which is not installed: {command}")
 
 
 def _has_bf16() -> bool:
