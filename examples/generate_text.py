@@ -2,27 +2,25 @@
 
     python examples/generate_text.py --base examples/base-8m --num 5000 --output examples/data/train.txt
 
-made the text that the demo trains on. At a temperature of 1 the sentences follow the model's own distribution, so that
-next-token prediction on them pulls it nowhere: less forgetting than on cooler, more fluent samples.
+made the text that the demo trains on. `gem-st train --self-generate 5000` does the same on its way. At a temperature of
+1 the sentences follow the model's own distribution, so that next-token prediction on them pulls it nowhere: less
+forgetting than on cooler, more fluent samples.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+from gem_st.data import sample_texts
 
 
-def read_sentences(text: str) -> list[str]:
-    """Whole sentences of 6 to 25 plain words; the last piece is cut off by the length limit and left out."""
-    pieces = [" ".join(piece.split()) for piece in SENTENCE_END.split(text)[:-1]]
-    return [piece for piece in pieces if 6 <= len(piece.split()) <= 25 and piece[0].isupper() and piece.isascii()]
+def is_plain(sentence: str) -> bool:
+    """True for 6 to 25 plain words that start with a capital."""
+    return 6 <= len(sentence.split()) <= 25 and sentence[0].isupper() and sentence.isascii()
 
 
 def main() -> None:
@@ -38,24 +36,10 @@ def main() -> None:
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
-    start = torch.full((args.batch_size, 1), tokenizer.bos_token_id)
-    sentences: dict[str, None] = {}  # ordered, without duplicates
-    with tqdm(total=args.num, unit="sentence") as progress:
-        while len(sentences) < args.num:
-            output = model.generate(
-                start,
-                attention_mask=torch.ones_like(start),
-                do_sample=True,
-                temperature=args.temperature,
-                top_k=0,
-                max_new_tokens=96,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            )
-            for text in tokenizer.batch_decode(output, skip_special_tokens=True):
-                sentences.update(dict.fromkeys(read_sentences(text)))
-            progress.update(min(len(sentences), args.num) - progress.n)
+    options = {"batch_size": args.batch_size, "temperature": args.temperature, "keep": is_plain}
+    sentences = sample_texts(model, tokenizer, args.num, **options)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text("\n".join(list(sentences)[: args.num]) + "\n", encoding="utf-8")
+    args.output.write_text("\n".join(sentences) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

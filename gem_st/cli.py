@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from ._version import __version__
+from .train import TrainConfig, load_config, parse_value
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,14 +41,16 @@ class Format(str, Enum):
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Print an error as one line, and exit with status 1."""
+def _one_line_errors(*, expect_any: bool = True) -> Iterator[None]:
+    """Print an error as one line, and exit with status 1; one that is not foreseen too, unless asked otherwise."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
         message = str(error)
         cause: Exception = error
     except Exception as error:  # of a broken checkpoint, say
+        if not expect_any:
+            raise
         message, cause = f"{type(error).__name__}: {error}", error
     else:
         return
@@ -53,7 +60,7 @@ def _one_line_errors() -> Iterator[None]:
 
 def _print(result: dict[str, Any], as_json: bool, text: str | None = None) -> None:
     lines = (f"{name:<22}{value}" for name, value in result.items() if value not in (None, {}, []))
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text or "\n".join(lines))
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str) if as_json else text or "\n".join(lines))
 
 
 def _show_version(value: bool) -> None:
@@ -67,6 +74,66 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
 ) -> None:
     """GEM for Sentence Transformers: one LLM that embeds text and keeps generating."""
+
+
+def _train_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every setting of a training as an option, beside its own.
+
+    There is one list of them, :class:`gem_st.train.TrainConfig`. Options that are not given are None.
+    """
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    hints = get_type_hints(TrainConfig, include_extras=True)
+    options = [_train_option(item, *get_args(hints[item.name])) for item in dataclasses.fields(TrainConfig)]
+    function.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    return function
+
+
+def _train_option(item: dataclasses.Field[Any], hint: Any, help: str) -> inspect.Parameter:
+    kind = next((part for part in get_args(hint) if part in (bool, int, float)), hint)
+    names = {"num_gem_tokens": ("--num-gem-tokens", "-k"), "plain_ratio": ("--plain-ratio", "-p")}.get(item.name, ())
+    if item.name == "training_arguments":
+        kind, names = list[str], ("--training-argument", "-a")
+    elif kind not in (bool, int, float):
+        kind = str  # lists of names, too, with commas
+    default = "" if item.default in (None, False, dataclasses.MISSING) else f" [default: {item.default}]"
+    option = typer.Option(*names, help=help + default, show_default=False)
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _parse_arguments(pairs: list[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE``, with values as in YAML."""
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise ValueError(f"--training-argument takes NAME=VALUE, got {wrong[0]!r}.")
+    return {name: parse_value(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+@app.command()
+@_train_options
+def train(
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings; options win over it.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show rows, mask, settings and memory; train not.")
+    ] = False,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Train a GEM model on a base, from data or from texts that the base writes, and report on it.
+
+    Example: gem-st train --base HuggingFaceTB/SmolLM2-135M --self-generate 5000 --mode frozen -k 4 --steps 300
+    """
+    with _one_line_errors(expect_any=False):
+        from .dry_run import preview, render
+        from .train import train as run
+
+        options["training_arguments"] = _parse_arguments(options.pop("training_arguments") or []) or None
+        settings = load_config(config, **options)
+        result: Any = preview(settings) if dry_run else run(settings)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return  # one process of several has the word
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    _print(dataclasses.asdict(result), as_json, render(result, color=color) if dry_run else str(result))
 
 
 @app.command()
