@@ -98,13 +98,15 @@ WAYS = {"naive": naive_loss, "ours": our_loss}
 PADDING = {"grouped": grouped_loss, "padded": padded_loss}
 
 
-def load(base: str, num_gem_tokens: int, freeze_base: bool = False, **loss_options: object) -> GemLoss:
+def load(
+    base: str, num_gem_tokens: int, freeze_base: bool = False, plain_ratio: float = 0.8, **loss_options: object
+) -> GemLoss:
     torch.manual_seed(0)
     gem = GemTransformer(
         base, num_gem_tokens=num_gem_tokens, freeze_base=freeze_base, model_kwargs={"dtype": torch.float32}
     )
     model = SentenceTransformer(modules=[gem], device="cpu")
-    return GemLoss(model, alpha=ALPHA, plain_ratio=0.8, **loss_options).train()
+    return GemLoss(model, alpha=ALPHA, plain_ratio=plain_ratio, **loss_options).train()
 
 
 def check_same(loss: GemLoss, texts: list[Tensor]) -> float:
@@ -161,7 +163,7 @@ def compare(others: list[float], ours: list[float]) -> dict[str, float]:
 def measure_peak(args: argparse.Namespace) -> None:
     """In a process of its own: the most memory of one step above what the model took before it, in MiB."""
     options = {} if args.mini_batch_size is None else {"mini_batch_size": args.mini_batch_size}
-    loss = load(args.base, 1, args.freeze_base, **options)
+    loss = load(args.base, 1, args.freeze_base, args.plain_ratio, **options)
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(2, 400, (args.length,), generator=generator) for _ in range(args.batch_size)]
     loss.token_dropout = 0.5
@@ -208,7 +210,8 @@ def measure_memory(args: argparse.Namespace) -> list[dict]:
                 print(row, flush=True)
         for freeze_base in (False, True):
             for batch_size, size in ((32, None), (256, None), (256, 32), (1024, 32)):
-                options = ["--freeze-base"] if freeze_base else []
+                options = ["--plain-ratio", "1.0"]  # rows of one length, so that mini-batches differ in nothing
+                options += ["--freeze-base"] if freeze_base else []
                 options += [] if size is None else ["--mini-batch-size", str(size)]
                 mode = "frozen" if freeze_base else "full"
                 row = {"mode": mode, "B": batch_size, "T": 64, "V": 8_192, "mini_batch_size": size}
@@ -242,6 +245,7 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS, default="ours")
     parser.add_argument("--mini-batch-size", type=int)
     parser.add_argument("--freeze-base", action="store_true")
+    parser.add_argument("--plain-ratio", type=float, default=0.8)
     args = parser.parse_args()
     if args.what == "peak":
         return measure_peak(args)

@@ -478,12 +478,12 @@ class GemLoss(nn.Module):
         """Stop before a step that would spoil the weights."""
         if bool(torch.isfinite(loss).all()):
             return
-        values = ", ".join(f"{name} {float(part):.4g}" for name, part in parts.items())
+        values = ", ".join(f"{name} {torch.as_tensor(part).item():.4g}" for name, part in parts.items())
         texts = [self._gem[0].tokenizer.decode(text, skip_special_tokens=True)[:60] for text in columns[0].texts[:3]]
         where = "" if trainer is None else f" at step {trainer.state.global_step + 1} of {trainer.state.max_steps}"
         saved = None if trainer is None else last_checkpoint(str(trainer.args.output_dir))
         raise FloatingPointError(
-            f"The loss is {float(loss)}{where} ({values}), in a batch of {len(columns[0].texts)} that starts with "
+            f"The loss is {loss.item()}{where} ({values}), in a batch of {len(columns[0].texts)} that starts with "
             f"{texts}. Weights were not changed by it. Go on from "
             f"{saved or 'the start'} with a lower learning rate, a longer warm-up or float32."
         )
