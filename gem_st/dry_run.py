@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .dataset_checks import sample_rows
 from .model_card import draw_mask
-from .modeling_gem import GEM, LOGITS_BUDGET, PREFIX, SUFFIX
+from .modeling_gem import GEM, LOGITS_BUDGET, PREFIX, SUFFIX, count_special_tokens
 from .train import TrainConfig, load_data, read_context
-from .views import PAIR_TASKS, TASKS, drop_tokens, fit_pair
+from .views import PAIR_TASKS, drop_tokens, split_text
 
 COLORS = {PREFIX: typer.colors.CYAN, GEM: typer.colors.MAGENTA, SUFFIX: typer.colors.GREEN}
 NUM_SHOWN = 3
@@ -135,26 +135,6 @@ def build_examples(
             names = zip(columns[1:], texts[1:], strict=True)
             shown += [(f"  {name}", _segments(tokenizer, text, gem)) for name, text in names]
     return shown
-
-
-def split_text(
-    kind: str, text: Tensor, given: Tensor | None, limit: int, num_special: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor | None]:
-    """Prefix and suffix of a row of a kind, of a text and, in tasks of pairs, what follows it.
-
-    Shapes: ``(T_i,)``, ``(T_j,)`` -> ``(m,)``, ``(n,)``
-    """
-    if kind == "plain":
-        return (text if given is None else torch.cat([text, given])[:limit]), None
-    if given is not None and kind in PAIR_TASKS:
-        return fit_pair(text, given, limit)
-    return TASKS[kind](text, limit, num_special, generator)
-
-
-def count_special_tokens(tokenizer: Any) -> int:
-    """Special tokens, BOS in most models, before a text."""
-    ids, special = tokenizer("a")["input_ids"], set(tokenizer.all_special_ids)
-    return next((index for index, token_id in enumerate(ids) if token_id not in special), 0)
 
 
 def _segments(tokenizer: Any, prefix: Tensor, gem: list[str], suffix: Tensor | None = None) -> Segments:

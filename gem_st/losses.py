@@ -22,7 +22,7 @@ from transformers.utils import logging
 from .dataset_checks import check_dataset, warn_of_truncation
 from .model_card import CITATION, gem_of, use_gem_card
 from .training import AlphaSchedule, last_checkpoint
-from .views import NO_TARGET, PAIR_TASKS, TASKS, drop_tokens, fit_pair, join_row, split_rows
+from .views import NO_TARGET, PAIR_TASKS, TASKS, drop_tokens, join_row, split_rows, split_text
 
 logger = logging.get_logger(__name__)
 
@@ -512,16 +512,10 @@ class GemLoss(nn.Module):
         tasks, plain_ratio, _ = plan or self._plan()
         prefixes, rows = [], []
         for index, text in enumerate(texts):
-            prefix, suffix = text, None
-            given = None if suffixes is None else suffixes[index]
+            kind, given = "plain", None if suffixes is None else suffixes[index]
             if torch.rand((), generator=generator) >= plain_ratio:
-                task = tasks[int(torch.randint(len(tasks), (), generator=generator))]
-                if given is not None and task in PAIR_TASKS:
-                    prefix, suffix = fit_pair(text, given, max_length)
-                else:
-                    prefix, suffix = TASKS[task](text, max_length, self.num_special, generator)
-            elif given is not None:
-                prefix = torch.cat([text, given])[:max_length]
+                kind = tasks[int(torch.randint(len(tasks), (), generator=generator))]
+            prefix, suffix = split_text(kind, text, given, max_length, self.num_special, generator)
             prefixes.append(prefix)
             row, labels = join_row(prefix, gem.gem_token_ids, suffix)
             if gem.freeze_base:

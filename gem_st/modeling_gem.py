@@ -1663,9 +1663,7 @@ class GemTransformer(InputModule):
     @property
     def num_special_tokens(self) -> int:
         """Special tokens, BOS in most models, that the tokenizer puts before a text."""
-        special = set(self.tokenizer.all_special_ids)
-        ids = self.tokenizer("a")["input_ids"]
-        return next((index for index, token_id in enumerate(ids) if token_id not in special), 0)
+        return count_special_tokens(self.tokenizer)
 
     # ---- generation
 
@@ -2318,6 +2316,12 @@ def _value_of(parameter: Any) -> float:
     """The number that a parameter holds; nan on a process that has no part of it (FSDP2). Shape: ``(1,)``"""
     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return local.item() if local.numel() else math.nan
+
+
+def count_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Special tokens, BOS in most models, that a tokenizer puts before a text."""
+    ids, special = tokenizer("a")["input_ids"], set(tokenizer.all_special_ids)
+    return next((index for index, token_id in enumerate(ids) if token_id not in special), 0)
 
 
 def _configured_ids(model: Any) -> set[int]:

@@ -92,6 +92,34 @@ def fit_pair(prefix: Tensor, suffix: Tensor, max_length: int) -> tuple[Tensor, T
     return prefix[: max_length - len(suffix)], suffix
 
 
+def split_text(
+    kind: str,
+    text: Tensor,
+    given: Tensor | None,
+    max_length: int,
+    num_special: int = 0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Prefix and suffix of a row.
+
+    Args:
+        kind: ``"plain"``, or the name of a task.
+        text: Token ids, special tokens first. Shape: ``(T_i,)``
+        given: What the tasks of two columns put behind the GEM tokens, and plain rows before them. Shape: ``(n,)``
+        max_length: Tokens that prefix and suffix may have together.
+        num_special: Special tokens at the start of the text.
+        generator: Source of randomness; torch's global one by default.
+
+    Returns:
+        Prefix, and suffix or None. Shape: ``(m,)``, ``(n,)``
+    """
+    if kind == "plain":
+        return (text if given is None else torch.cat([text, given])[:max_length]), None
+    if given is not None and kind in PAIR_TASKS:
+        return fit_pair(text, given, max_length)
+    return TASKS[kind](text, max_length, num_special, generator)
+
+
 def split_messages(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Make the columns of the soft prompt task of chat data, with the tokenizer's chat template.
 
