@@ -27,6 +27,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from stsb import SPLITS, TEXTS, read_sentences, spearman, sts_evaluator, train
 from torch import Tensor
+from transformers import set_seed
 
 from gem_st import GemTransformer, modeling_gem
 from gem_st.evaluation import perplexity
@@ -70,6 +71,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
 }
 NOMINAL = ("objective", "positions, K = 5")
 BASE = "base, mean pooling"
+UNTRAINED = "base, untrained GEM token"
 NUM_HELD_OUT = 80
 
 
@@ -150,6 +152,21 @@ class Bench:
         scores = spearman(model, self.evaluators)
         return {"settings": BASE, "seed": 0, **self._round(scores, 1.0), "perplexity": round(self.base_perplexity, 2)}
 
+    def measure_untrained(self, seed: int) -> dict[str, Any]:
+        """The recipe's model before its first step."""
+        set_seed(seed)
+        gem = GemTransformer(
+            self.base,
+            num_gem_tokens=RECIPE["num_gem_tokens"],
+            max_seq_length=RECIPE["max_length"],
+            model_kwargs={"dtype": FIXED["dtype"]},
+        )
+        scores = spearman(SentenceTransformer(modules=[gem]), self.evaluators)
+        return {"settings": UNTRAINED, "seed": seed, **self._round(scores, 1.0)}
+
+    def measure(self, settings: Any, seed: int) -> dict[str, Any]:
+        return self.measure_untrained(seed) if settings == UNTRAINED else self.run(settings, seed)
+
     def run(self, settings: dict[str, Any], seed: int) -> dict[str, Any]:
         """Train with a recipe and a seed, and measure the model."""
         start = time.perf_counter()
@@ -175,9 +192,9 @@ def run_all(args: argparse.Namespace) -> None:
     if not find_results(read_results(args.results), BASE):
         append_result(args.results, bench.measure_base())
     for seed in args.seeds:
-        for settings in arms():
+        for settings in (UNTRAINED, *arms()):
             if seed not in [result["seed"] for result in find_results(read_results(args.results), settings)]:
-                append_result(args.results, bench.run(settings, seed))
+                append_result(args.results, bench.measure(settings, seed))
 
 
 def format_values(runs: list[dict[str, Any]], name: str, digits: int) -> str:
@@ -187,7 +204,10 @@ def format_values(runs: list[dict[str, Any]], name: str, digits: int) -> str:
 
 def print_table(results: list[dict[str, Any]]) -> None:
     (base,) = find_results(results, BASE)
-    print(f"Untouched base: dev {base['dev']:.3f}, test {base['test']:.3f}, perplexity {base['perplexity']:.1f}\n")
+    print(f"Untouched base: dev {base['dev']:.3f}, test {base['test']:.3f}, perplexity {base['perplexity']:.1f}")
+    if untrained := find_results(results, UNTRAINED):
+        print(f"Untrained GEM token: {', '.join(f'{split} {format_values(untrained, split, 3)}' for split in SPLITS)}")
+    print()
     print("| factor | | seeds | dev | test | perplexity | seconds |")
     print("|---|---|---|---|---|---|---|")
     for factor, levels in FACTORS.items():
@@ -216,7 +236,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                 if settings_of(changes) == RECIPE:
                     axis.axvspan(place - 0.25, place + 0.25, color="0.92", zorder=0, label="the recipe")
             line = "" if factor in NOMINAL else "-"
-            axis.plot(means, line, marker="_", markersize=16, markeredgewidth=2, color=color)
+            axis.plot(
+                means, line, marker="_", markersize=16, markeredgewidth=2, color=color, label="mean of the seeds (dots)"
+            )
             axis.grid(axis="y", alpha=0.3)
             axis.set_xlim(-0.5, len(levels) - 0.5)
         axes[0, column].set_title(factor, fontsize=11)
