@@ -235,10 +235,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                 axis.plot([place] * len(values), values, "o", color=color, alpha=0.5, markersize=5)
                 if settings_of(changes) == RECIPE:
                     axis.axvspan(place - 0.25, place + 0.25, color="0.92", zorder=0, label="the recipe")
-            line = "" if factor in NOMINAL else "-"
-            axis.plot(
-                means, line, marker="_", markersize=16, markeredgewidth=2, color=color, label="mean of the seeds (dots)"
-            )
+            style: dict[str, Any] = {"marker": "_", "markersize": 16, "markeredgewidth": 2, "color": color}
+            style["linestyle"] = "none" if factor in NOMINAL else "-"
+            axis.plot(means, **style, label="mean of the seeds (dots)")
             axis.grid(axis="y", alpha=0.3)
             axis.set_xlim(-0.5, len(levels) - 0.5)
         axes[0, column].set_title(factor, fontsize=11)
