@@ -85,7 +85,11 @@ def load_source(source: str, *, split: str = "train", subset: str | None = None,
         raise ValueError(f"There is no file or folder {source!r}. Give data, or a Hub id such as 'org/name'.")
     if path.is_file() and _extension(path) not in EXTENSIONS:
         raise ValueError(f"{source!r} is of no kind that can be read. Known are {', '.join(EXTENSIONS)}.")
+    if subset is not None and path.exists():
+        raise ValueError(f"subset {subset!r} is of data sets of the Hub, and {source!r} is on this machine.")
     if (path / "state.json").exists():
+        if split != "train":
+            raise ValueError(f"{source!r} is one data set, of which split {split!r} cannot be taken. Use num_rows.")
         saved = load_from_disk(str(path))
         return saved.to_iterable_dataset() if streaming else saved
     try:
@@ -126,7 +130,10 @@ def choose_columns(dataset: Any, wanted: list[str] | None, name: str) -> Any:
         ValueError: If a column is missing or does not hold text; all columns are listed.
     """
     features = _features_of(dataset, name)
-    kept = wanted or next(([column] for column in ("messages", "text") if column in features), list(features))
+    usual = [column for column in features if column in ("messages", "text")]
+    kept = wanted or sorted(usual)[:1] or list(features)
+    if repeated := sorted({column for column in kept if kept.count(column) > 1}):
+        raise ValueError(f"Column {repeated[0]!r} of the {name} is named twice.")
     if missing := [column for column in kept if column not in features]:
         near = difflib.get_close_matches(missing[0], features, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -194,15 +201,20 @@ def set_aside(dataset: Any, num_rows: int | None, num_held_out: int, seed: int) 
     """
     if not hasattr(dataset, "__len__"):
         held_out = list(dataset.take(num_held_out)) if num_held_out else []
-        rest = dataset.skip(num_held_out).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        return (rest if num_rows is None else rest.take(num_rows)), held_out
-    total = len(dataset)
+        rest = dataset.skip(num_held_out)
+        rest = rest if num_rows is None else rest.take(num_rows)
+        return rest.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), held_out
+    kept, count = share_rows(len(dataset), num_rows, num_held_out)
+    shuffled = dataset.shuffle(seed=seed)
+    return shuffled.select(range(kept)), [shuffled[index] for index in range(kept, kept + count)]
+
+
+def share_rows(total: int, num_rows: int | None, num_held_out: int) -> tuple[int, int]:
+    """Rows to train on and rows to measure with, of as many as there are; see :func:`set_aside`."""
     wanted = total if num_rows is None else min(num_rows, total)
     beyond = min(num_held_out, total - wanted)
     count = beyond or min(num_held_out, wanted // 10)
-    shuffled = dataset.shuffle(seed=seed)
-    kept = wanted if beyond else wanted - count
-    return shuffled.select(range(kept)), [shuffled[index] for index in range(kept, kept + count)]
+    return (wanted if beyond else wanted - count), count
 
 
 def load_eval(
@@ -245,6 +257,9 @@ def load_eval(
 
 def grade_pairs(dataset: Any, texts: list[str], score: str) -> dict[str, list[Any]]:
     """Columns of an evaluation set with scores, these brought to [0, 1]."""
+    missing = [index for index, value in enumerate(dataset[score]) if value is None]
+    if missing:
+        raise ValueError(f"Row {missing[0]} of column {score!r} of the evaluation set has no number. Drop such rows.")
     values = torch.tensor([float(value) for value in dataset[score]], dtype=torch.float64)
     if not values.isfinite().all() or values.min() == values.max():
         raise ValueError(f"Column {score!r} of the evaluation set must hold different, finite numbers.")

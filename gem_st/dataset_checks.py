@@ -17,7 +17,9 @@ NUM_SAMPLED = 1000
 """Rows that are looked at, from the start of a data set."""
 
 
-def check_dataset(dataset: Any, kind: str, takes_labels: bool = False) -> None:
+def check_dataset(
+    dataset: Any, kind: str, takes_labels: bool = False, needs_others: bool = True
+) -> list[dict[str, Any]]:
     """Raise if a training or evaluation set cannot be used, before the first step.
 
     Columns are checked where there is one data set; of several, another loss may use some.
@@ -25,7 +27,11 @@ def check_dataset(dataset: Any, kind: str, takes_labels: bool = False) -> None:
     Args:
         dataset: A ``Dataset`` or ``IterableDataset``, a dict of them, or None.
         kind: ``"training"`` or ``"evaluation"``.
-        takes_labels: Whether the loss takes a column of labels, and decides itself what it can learn from.
+        takes_labels: Whether the loss takes a column of labels.
+        needs_others: Whether a text is to be told from others, those of its own row apart.
+
+    Returns:
+        The rows looked at, none of a dict of data sets.
 
     Raises:
         ValueError: If it is empty, a column does not hold text, or there is nothing in it to be told apart.
@@ -34,7 +40,7 @@ def check_dataset(dataset: Any, kind: str, takes_labels: bool = False) -> None:
     if any(hasattr(part, "__len__") and len(part) == 0 for part in parts):
         raise ValueError(f"The {kind} set has no rows. Check how it was loaded, filtered or split.")
     if dataset is None or isinstance(dataset, dict):
-        return
+        return []
     for column, feature in (getattr(dataset, "features", None) or {}).items():
         if not (takes_labels and column in LABEL_COLUMNS):
             _check_type(column, getattr(feature, "dtype", type(feature).__name__), kind)
@@ -42,8 +48,8 @@ def check_dataset(dataset: Any, kind: str, takes_labels: bool = False) -> None:
     texts = {name: [row[name] for row in rows] for name in rows[0] if name not in LABEL_COLUMNS} if rows else {}
     for column, values in texts.items():
         _check_values(column, values, kind)
-    if takes_labels or kind != "training" or not texts:
-        return
+    if not needs_others or kind != "training" or not texts or len(texts) > 2:
+        return rows
     if len(rows) == 1:
         raise ValueError("The training set has one row, and nothing to tell it from. GemLoss needs two or more.")
     if all(len(set(values)) == 1 for values in texts.values()):
@@ -51,6 +57,7 @@ def check_dataset(dataset: Any, kind: str, takes_labels: bool = False) -> None:
             f"The first {len(rows)} rows of the training set are all the same, {next(iter(texts.values()))[0]!r:.60}: "
             "there is nothing to tell apart. Check how it was loaded."
         )
+    return rows
 
 
 def sample_rows(dataset: Any, num_rows: int = NUM_SAMPLED) -> list[dict[str, Any]]:
@@ -61,11 +68,8 @@ def sample_rows(dataset: Any, num_rows: int = NUM_SAMPLED) -> list[dict[str, Any
     return list(islice(rows, num_rows // 10))
 
 
-def warn_of_truncation(gem: Any, dataset: Any) -> None:
+def warn_of_truncation(gem: Any, rows: list[dict[str, Any]]) -> None:
     """Say how many texts are longer than a row, of those looked at."""
-    if dataset is None or isinstance(dataset, dict):
-        return
-    rows = sample_rows(dataset)
     texts = [value for row in rows for name, value in row.items() if name not in LABEL_COLUMNS]
     share = share_truncated(gem, texts)
     if share > 0:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from .data import share_rows
 from .dataset_checks import sample_rows
 from .model_card import draw_mask
 from .modeling_gem import GEM, LOGITS_BUDGET, PREFIX, SUFFIX, count_special_tokens
@@ -74,7 +75,9 @@ def preview(config: TrainConfig) -> Preview:
     """
     config.check()
     data = load_data(config, num_texts=NUM_DRY_TEXTS)
-    num_rows = config.self_generate or data.num_rows
+    num_rows = data.num_rows
+    if config.self_generate:
+        num_rows, _ = share_rows(config.self_generate, None, config.held_out)
     config = config.resolve(num_rows, data.columns, read_context(config))
     tokenizer = AutoTokenizer.from_pretrained(config.base, **config.hub_kwargs)
     sampled = sample_rows(data.train)

@@ -126,6 +126,11 @@ class _Embedded(nn.Module):
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         """The features as they are; they hold ``sentence_embedding``."""
+        if "sentence_embedding" not in features:
+            raise ValueError(
+                "This loss was given to GemLoss as `inner`, which hands it embeddings. To use it elsewhere as well, "
+                "make another one."
+            )
         return dict(features)
 
 
@@ -146,8 +151,9 @@ class _BackwardOf(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Go backward through the inner loss."""
         detached, loss = ctx.parts
+        detached.grad = None
         if loss.requires_grad:
-            torch.autograd.backward(loss, gradients[0])
+            torch.autograd.backward(loss, gradients[0], retain_graph=True)  # freed with this node's context
         return detached.grad, None
 
 
@@ -163,7 +169,8 @@ class GemLoss(nn.Module):
     Args:
         model: SentenceTransformer model with a GemTransformer as its first module.
         plain_ratio: Share of plain rows, in [0, 1] (p in the paper). Defaults to 0.8, and beside a frozen base,
-            which has nothing to learn from next-token prediction but what its GEM tokens hold, to 1.
+            which has nothing to learn from next-token prediction but what its GEM tokens hold, to 1, or to 0.5 where
+            tasks are chosen.
         tasks: Ways to make prefix and suffix, drawn evenly: ``"reconstruction"`` (the text twice), ``"continuation"``
             (cut at a random place; the row is then embedded by its first part), and, of two columns, ``"summary"``
             (context and summary) or ``"soft_prompt"`` (prompt and answer). By default the last two where the columns
@@ -265,8 +272,10 @@ class GemLoss(nn.Module):
         if inner is not None:
             _give_embeddings_to(inner, model)
             mini_batch_size = _mini_batch_size_of(inner) if mini_batch_size is None else mini_batch_size
-        if mini_batch_size is not None and mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size must be 1 or more, got {mini_batch_size}.")
+            if not PAIR_TASKS.keys().isdisjoint(tasks or ()):
+                raise ValueError(f"tasks={tasks} take both columns as one text, of which `inner` would see one only.")
+        if mini_batch_size is not None and not (isinstance(mini_batch_size, int) and mini_batch_size > 0):
+            raise ValueError(f"mini_batch_size must be a whole number of 1 or more, got {mini_batch_size!r}.")
         self.model = model
         self.inner = inner
         self.token_dropout = token_dropout
@@ -275,7 +284,8 @@ class GemLoss(nn.Module):
         self._gem: tuple[Any] = (gem,)  # a tuple, so that the module is not registered twice
         self._given: tuple[Any, Any] = (plain_ratio, alpha)
         self.tasks = None if tasks is None else tuple(tasks)
-        _, self.plain_ratio, self.alpha = self._plan()
+        self._last_plan = self._plan()
+        _, self.plain_ratio, self.alpha = self._last_plan
         gem.check_output_head()
         if self.plain_ratio < 1:
             gem.require_attention_mask()
@@ -287,11 +297,11 @@ class GemLoss(nn.Module):
         """Tasks of a batch with these columns, and the defaults that depend on them."""
         (gem,) = self._gem
         columns = tuple(column_names) if self.inner is None else ()  # an inner loss knows what its columns are
-        by_name = [task for task, names in PAIR_TASKS.items() if names == columns]
-        tasks = self.tasks or by_name or (WHOLE_TASKS if has_labels else DEFAULT_TASKS)
+        chosen = self.tasks or [task for task, names in PAIR_TASKS.items() if names == columns]
+        tasks = chosen or (WHOLE_TASKS if has_labels else DEFAULT_TASKS)
         plain_ratio, alpha = self._given
         if plain_ratio is None:
-            plain_ratio = 0.8 if not gem.freeze_base else 1.0 if PAIR_TASKS.keys().isdisjoint(tasks) else 0.5
+            plain_ratio = 0.8 if not gem.freeze_base else 0.5 if chosen else 1.0
         if alpha is None:
             alpha = AlphaSchedule() if not gem.freeze_base else 1.0 if plain_ratio == 1 else 0.7
         return _Plan(tuple(tasks), plain_ratio, alpha)
@@ -299,11 +309,20 @@ class GemLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GemLoss:
         """Look at the data: a trainer moves its loss to the device while it is being built, and calls this."""
         if (trainer := _find_trainer()[0]) is not None:
-            for kind, data in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
-                check_dataset(data, kind, takes_labels=self.inner is not None)
-            warn_of_truncation(self._gem[0], trainer.train_dataset)
+            has_negatives = self.inner is not None or self.alpha == 0
+            options = {"takes_labels": self.inner is not None, "needs_others": not has_negatives}
+            rows = check_dataset(trainer.train_dataset, "training", **options)
+            check_dataset(trainer.eval_dataset, "evaluation", **options)
+            warn_of_truncation(self._gem[0], rows)
+            self._check_columns(trainer.train_dataset)
             self._check_batch_size(trainer)
         return super()._apply(fn, recurse)
+
+    def _check_columns(self, dataset: Any) -> None:
+        """Raise if the tasks need other columns than a data set has; of several, each may have its own loss."""
+        columns = getattr(dataset, "column_names", None)
+        if isinstance(columns, list) and not PAIR_TASKS.keys().isdisjoint(self.tasks or ()) and len(columns) != 2:
+            raise ValueError(f"tasks={self.tasks} take two columns, prefix and suffix, but there are {columns}.")
 
     def _check_batch_size(self, trainer: BaseTrainer) -> None:
         """Raise if a batch of one has nothing to be told from: hard negatives, or texts of other processes."""
@@ -373,6 +392,7 @@ class GemLoss(nn.Module):
         (gem,) = self._gem
         trainer, names = _find_trainer()
         plan = self._plan(names, labels is not None)
+        self._last_plan = plan
         alpha = self._alpha_at(plan.alpha, trainer.state if trainer else None)
         with torch.no_grad():
             gem.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
@@ -555,10 +575,10 @@ class GemLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """Options of this loss, for the model card."""
         return {
-            "plain_ratio": self.plain_ratio,
-            "tasks": "by columns" if self.tasks is None else list(self.tasks),
+            "plain_ratio": self._last_plan.plain_ratio,
+            "tasks": list(self._last_plan.tasks),
             "token_dropout": self.token_dropout,
-            "alpha": self.alpha if isinstance(self.alpha, float | int) else repr(self.alpha),
+            "alpha": alpha if isinstance(alpha := self._last_plan.alpha, float | int) else repr(alpha),
             **({} if self.inner is None else {"inner": type(self.inner).__name__}),
             **({} if self.mini_batch_size is None else {"mini_batch_size": self.mini_batch_size}),
             **({"gather_across_devices": True} if self.gather_across_devices else {}),

@@ -254,12 +254,13 @@ def pack_texts(lengths: Tensor, width: int) -> Tensor:
     """
     rows: list[list[Tensor]] = []
     room: list[int] = []
-    for text in lengths.argsort(descending=True, stable=True).tolist():
-        length = int(lengths[text])
+    sizes = lengths.tolist()
+    for text in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        length = sizes[text]
         row = next((row for row, left in enumerate(room) if left >= length), len(rows))
         if row == len(rows):
             rows.append([])
-            room.append(int(lengths.max()))
+            room.append(max(sizes))
         rows[row].append(torch.arange(text * width, text * width + length))
         room[row] -= length
     return pad_sequence([torch.cat(row) for row in rows], batch_first=True, padding_value=-1).to(lengths.device)
@@ -2266,9 +2267,9 @@ def _may_write() -> bool:
     """
     frame = inspect.currentframe()
     while frame is not None:
-        arguments: Any = getattr(frame.f_locals.get("self"), "args", None)
-        if hasattr(arguments, "should_save"):
-            return bool(arguments.should_save)
+        trainer: Any = frame.f_locals.get("self")
+        if any((cls.__module__, cls.__name__) == ("transformers.trainer", "Trainer") for cls in type(trainer).__mro__):
+            return bool(trainer.args.should_save)
         frame = frame.f_back
     return True
 

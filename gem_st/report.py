@@ -244,7 +244,9 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON; what it does not know becomes text."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def render_report(content: Mapping[str, Any], pictures: Mapping[str, str]) -> str:

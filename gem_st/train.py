@@ -211,7 +211,9 @@ class TrainConfig:
         """
         new = dataclasses.replace(self, output=str(self.folder), precision=choose_precision(self.precision))
         new.tasks = self.tasks or pair_tasks(columns)
-        if self.mode == "frozen" and self.plain_ratio is None and not PAIR_TASKS.keys().isdisjoint(new.tasks):
+        if not PAIR_TASKS.keys().isdisjoint(new.tasks) and len(columns) != 2:
+            raise ValueError(f"tasks {new.tasks} take two columns, prefix and suffix, but there are {columns}.")
+        if self.mode == "frozen" and self.plain_ratio is None and new.tasks:
             new.plain_ratio = 0.5
         for name, value in MODE_DEFAULTS[self.mode].items():
             if getattr(new, name) is None:
@@ -241,8 +243,14 @@ class TrainConfig:
 
     def describe(self) -> dict[str, Any]:
         """Settings that say something, for logs and reports."""
-        values = dataclasses.asdict(self).items()  # 0 says something
-        return {name: value for name, value in values if not (value is None or value is False or value in ([], {}))}
+        values = dataclasses.asdict(self)
+        values["training_arguments"] = {
+            name: "***" if name.endswith(("token", "key")) else value for name, value in self.training_arguments.items()
+        }
+        # 0 says something
+        return {
+            name: value for name, value in values.items() if not (value is None or value is False or value in ([], {}))
+        }
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -285,12 +293,22 @@ def load_config(path: str | Path | None = None, **options: Any) -> TrainConfig:
     recipe = settings.get("recipe")
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"There is no recipe {recipe!r}, but {', '.join(RECIPES)}.")
-    settings = {**(RECIPES[recipe] if recipe else {}), **settings}
+    settings = {**_compatible(RECIPES[recipe] if recipe else {}, settings), **settings}
     hints = get_type_hints(TrainConfig)
     for name in settings:
         if name not in hints:
             raise ValueError(f"There is no setting {name!r}. {_nearest(name, hints)}")
     return TrainConfig(**{name: convert(name, value, hints[name]) for name, value in settings.items()})
+
+
+def _compatible(recipe: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what the given settings exclude."""
+    excluded = {name for pair in EXCLUDED for name in pair if set(pair) - {name} <= given.keys()}
+    if given.get("plain_ratio") == 1:
+        excluded.add("tasks")
+    if given.get("ntp_steps") == 0:
+        excluded.add("ntp_learning_rate")
+    return {name: value for name, value in recipe.items() if name not in excluded or name in given}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -390,11 +408,8 @@ def _check_combinations(config: TrainConfig) -> None:
     given = set(config.describe())
     for names, reason in EXCLUDED.items():
         if given.issuperset(names):
-            source = f" (some are of recipe {config.recipe!r})" if config.recipe else ""
-            raise ValueError(f"{names[0]} and {names[1]} exclude each other: {reason} Drop one{source}.")
-    plain_ratio = MODE_DEFAULTS[config.mode]["plain_ratio"] if config.plain_ratio is None else config.plain_ratio
-    if config.plain_ratio is None and not PAIR_TASKS.keys().isdisjoint(config.tasks or ()):
-        plain_ratio = 0.5
+            raise ValueError(f"{names[0]} and {names[1]} exclude each other: {reason} Drop one.")
+    plain_ratio = config.plain_ratio
     refused = {
         "Neither data nor self_generate is given. Name a file, a folder or a Hub id, or have the base write its own "
         "texts: --self-generate 5000.": not given & {"data", "self_generate"},
@@ -418,6 +433,9 @@ def _check_combinations(config: TrainConfig) -> None:
 
 
 def _check_training_arguments(arguments: dict[str, Any]) -> None:
+    accumulation = arguments.get("gradient_accumulation_steps", 1)
+    if not isinstance(accumulation, int) or accumulation < 1:
+        raise ValueError(f"gradient_accumulation_steps must be a whole number of 1 or more, got {accumulation!r}.")
     known = [item.name for item in dataclasses.fields(SentenceTransformerTrainingArguments)]
     for name in arguments:
         if name in OWN_ARGUMENTS:
@@ -517,7 +535,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     start = time.perf_counter()
     config.check()
-    prepare_folder(config)
+    check_folder(config)
     data = load_data(config)
     has_default_rate = config.learning_rate is None
     config = config.resolve(data.num_rows, data.columns, read_context(config))
@@ -530,6 +548,7 @@ def train(config: TrainConfig) -> TrainResult:
     loss = GemLoss(model, **loss_options(config))
     trainer = build_trainer(config, model, loss, data)
     _refuse_sharding(trainer)
+    prepare_folder(config)
     before = _load_state(config).get("before") if config.resume else measure(trainer, loss, data)
     if trainer.is_world_process_zero():
         write_json(config.folder / "report.json", {"before": before})  # for a training that is resumed
@@ -558,33 +577,69 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _without_folders(value: Any) -> Any:
     """A file or folder of this machine by its name alone, since reports are passed on."""
+    if isinstance(value, dict):
+        return {name: _without_folders(item) for name, item in value.items()}
     return Path(value).name if isinstance(value, str) and value and Path(value).exists() else value
 
 
-def prepare_folder(config: TrainConfig) -> None:
-    """Make the output folder, and see that nothing in it is lost unasked.
+def check_folder(config: TrainConfig) -> None:
+    """See that nothing in the output folder would be lost unasked.
 
     Raises:
-        ValueError: If it holds a training and neither ``resume`` nor ``overwrite`` is set, or there is nothing to
-            resume from.
+        ValueError: If it holds a base or data of this training, or other things, or a training and neither ``resume``
+            nor ``overwrite`` is set, or there is nothing to resume from.
     """
-    folder, process = config.folder, processes(config)
-    found = [path for path in (folder / "modules.json", *sorted(folder.glob("checkpoint-*"))) if path.exists()]
+    folder = config.folder
     if config.resume and last_checkpoint(folder) is None:
         raise ValueError(f"There is no whole checkpoint in {folder} to resume from. Start without resume.")
-    if found and not (config.resume or config.overwrite):
+    if config.resume:
+        _check_same_model(config, Path(str(last_checkpoint(folder))))
+    for name in ("base", "data", "eval_data"):
+        path = Path(str(getattr(config, name) or "")).expanduser()
+        is_inside = path.exists() and folder.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents)
+        if getattr(config, name) and is_inside:
+            raise ValueError(f"{name} {path} lies in the output folder {folder}, where it would be written over.")
+    trained = [path for path in (folder / "modules.json", *sorted(folder.glob("checkpoint-*"))) if path.exists()]
+    if trained and not (config.resume or config.overwrite):
         raise ValueError(
-            f"{folder} holds a training already ({found[0].name}). Set resume to go on with it, overwrite to start "
+            f"{folder} holds a training already ({trained[0].name}). Set resume to go on with it, overwrite to start "
             "anew, or another output."
         )
+    others = [path.name for path in sorted(folder.glob("*")) if path.name not in (GENERATED, f"{GENERATED}.base")]
+    if others and not trained and not set(others) <= {"report.json", "report.html", "runs"}:
+        raise ValueError(f"{folder} is not empty (it holds {others[0]}), and no training. Name a new folder.")
+
+
+def _check_same_model(config: TrainConfig, checkpoint: Path) -> None:
+    saved = json.loads((checkpoint / GemTransformer.config_file_name).read_text(encoding="utf-8"))
+    wanted = {
+        "num_gem_tokens": config.num_gem_tokens,
+        "pooling": config.pooling,
+        "freeze_base": config.mode == "frozen",
+    }
+    for name, value in wanted.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} was trained with {name}={saved.get(name)}, not {value}. Resume with the settings it was "
+                "started with."
+            )
+
+
+def prepare_folder(config: TrainConfig) -> None:
+    """Make the output folder; with ``overwrite``, remove the training that it holds, now that another can start.
+
+    Args:
+        config: The settings.
+    """
+    process = processes(config)
     process.wait_for_everyone()
     if process.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        config.folder.mkdir(parents=True, exist_ok=True)
         if config.overwrite:
-            for path in folder.glob("checkpoint-*"):
+            for path in config.folder.glob("checkpoint-*"):
                 shutil.rmtree(path)
-            for name in (GENERATED, "report.json", "report.html"):
-                (folder / name).unlink(missing_ok=True)
+            for name in ("report.json", "report.html"):
+                (config.folder / name).unlink(missing_ok=True)
     process.wait_for_everyone()
 
 
@@ -636,11 +691,15 @@ def load_data(config: TrainConfig, num_texts: int | None = None) -> TrainData:
 def self_generated(config: TrainConfig, at_most: int | None = None) -> list[str]:
     """Texts that the base wrote for this training, from the output folder if they are there."""
     path, num = config.folder / GENERATED, config.self_generate or 0
-    if len(texts := read_texts(path)) == num:
-        return texts
+    origin = json.dumps({"base": str(config.base), "seed": config.seed, "num": num})
+    written = path.with_name(f"{GENERATED}.base")
+    if written.exists() and written.read_text(encoding="utf-8") == origin:
+        return read_texts(path)
     texts = generate_texts(str(config.base), min(num, at_most or num), config.seed, config.hub_kwargs)
     if at_most is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_texts(path, texts)
+        written.write_text(origin, encoding="utf-8")
     return texts
 
 
@@ -764,5 +823,7 @@ def _refuse_sharding(trainer: SentenceTransformerTrainer) -> None:
 
 def _load_state(config: TrainConfig) -> dict[str, Any]:
     """What a training that is resumed had measured before its first step."""
-    path = config.folder / "report.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads((config.folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -28,11 +28,13 @@ from gem_st.report import render_report
 from gem_st.train import (
     TrainConfig,
     TrainResult,
+    _without_folders,
     build_arguments,
     build_trainer,
     load_config,
     load_data,
     loss_options,
+    self_generated,
     train,
 )
 
@@ -208,13 +210,12 @@ def test_a_file_that_is_not_there(tmp_path):
         ({"steps": 4, "epochs": 1.0}, "steps and epochs exclude each other"),
         ({"alpha": 0.0, "ntp_steps": 0}, "alpha and ntp_steps exclude each other"),
         ({"alpha": 0.0, "final_alpha": 0.0}, "alpha and final_alpha exclude each other"),
-        ({"recipe": "paper", "alpha": 0.5}, r"exclude each other.*some are of recipe 'paper'"),
+        ({"training_arguments": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps must be a whole"),
         ({"alpha": 0.5, "ntp_learning_rate": 1e-4}, "alpha and ntp_learning_rate exclude each other"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"streaming": True, "steps": None}, "streaming needs steps"),
         ({"lora_rank": 8}, "lora_rank is for the modes frozen, lora and qlora"),
         ({"plain_ratio": 1.0, "tasks": ["continuation"]}, "plain_ratio is 1"),
-        ({"mode": "frozen", "tasks": ["continuation"]}, "plain_ratio is 1"),
         ({"mode": "frozen", "ntp_learning_rate": 1e-4}, "set ntp_steps, too"),
         ({"ntp_learning_rate": 1e-4, "ntp_steps": 0}, "set ntp_steps, too"),
         ({"eval_columns": ["a"]}, "belong to eval_data"),
@@ -573,8 +574,8 @@ def test_a_dry_run_of_pairs_of_a_stream_and_of_texts_to_be_written(make_config, 
     shown = preview(make_config(data=str(tmp_path / "pairs.jsonl"), streaming=True, mode="frozen", held_out=0))
     assert shown.num_rows is None
     assert [kind.strip() for kind, _ in shown.rows] == ["plain", "positive"] * 3
-    shown = preview(make_config(base=BASE_8M, self_generate=5000, mode="frozen"))
-    assert shown.num_rows == 5000
+    shown = preview(make_config(base=BASE_8M, self_generate=5000, mode="frozen", held_out=100))
+    assert shown.num_rows == 4900
     assert len(shown.rows) == 6
     assert not (tmp_path / "out").exists()
 
@@ -647,3 +648,75 @@ def test_trackers_and_other_arguments_reach_the_trainer(make_config):
     arguments = build_arguments(config, load_data(config))
     assert arguments.report_to == ["tensorboard"]
     assert (arguments.save_steps, arguments.max_steps, arguments.per_device_train_batch_size) == (3, 4, 4)
+
+
+# ---- nothing is lost
+
+
+def test_base_data_and_foreign_files_in_the_output_folder_are_not_written_over(make_config, make_base, texts, tmp_path):
+    base = tmp_path / "mine"
+    shutil.copytree(make_base(), base)
+    data = tmp_path / "out" / "texts.txt"
+    data.parent.mkdir()
+    shutil.copyfile(texts, data)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "README.md").write_text("mine")
+    for options, message in (
+        ({"base": str(base), "output": str(base)}, "base .* lies in the output folder"),
+        ({"data": str(data), "output": str(data.parent), "overwrite": True}, "data .* lies in the output folder"),
+        ({"output": str(project)}, r"is not empty \(it holds README.md\), and no training"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(make_config(**options))
+    assert data.exists()
+
+
+def test_overwrite_removes_nothing_before_the_next_training_can_start(make_config, tmp_path):
+    folder = tmp_path / "out"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "modules.json").write_text("[]")
+    with pytest.raises(ValueError, match="There is no file or folder"):
+        train(make_config(output=str(folder), overwrite=True, data=str(tmp_path / "typo.txt")))
+    assert (folder / "checkpoint-2").exists()
+
+
+def test_a_resumed_training_is_of_the_same_model(make_config, tmp_path):
+    folder = tmp_path / "out"
+    train(make_config(output=str(folder), steps=2, training_arguments={"save_steps": 1}))
+    (folder / "report.json").write_text('{"before": {"met')  # cut off by whatever killed the first run
+    with pytest.raises(ValueError, match="was trained with num_gem_tokens=1, not 2"):
+        train(make_config(output=str(folder), steps=3, num_gem_tokens=2, resume=True))
+    assert train(make_config(output=str(folder), steps=3, resume=True)).after
+
+
+def test_texts_of_another_seed_are_not_taken_for_ones_own(make_config, tmp_path, monkeypatch):
+    write = lambda base, num, seed, kwargs: [f"{seed} {index}" for index in range(num)]  # noqa: E731
+    monkeypatch.setattr("gem_st.train.generate_texts", write)
+    first, again, other = (make_config(self_generate=3, seed=seed) for seed in (0, 0, 1))
+    assert self_generated(first) == self_generated(again) == ["0 0", "0 1", "0 2"]
+    assert self_generated(other) == ["1 0", "1 1", "1 2"]
+
+
+def test_secrets_and_folders_are_not_reported(make_config, tmp_path):
+    config = make_config(training_arguments={"hub_token": "hf_secret", "logging_dir": str(tmp_path)})
+    shown = _without_folders(config.describe()["training_arguments"])
+    assert (shown["hub_token"], shown["logging_dir"]) == ("***", tmp_path.name)
+    assert config.training_arguments["hub_token"] == "hf_secret"
+
+
+def test_options_beside_the_recipe_win_over_what_they_exclude(texts):
+    alpha = load_config(recipe="paper", alpha=0.5)
+    assert (alpha.alpha, alpha.ntp_steps, alpha.ntp_learning_rate) == (0.5, None, None)
+    assert load_config(recipe="paper", self_generate=100).num_rows is None
+    assert load_config(recipe="paper", plain_ratio=1).tasks is None
+    for options in ({"alpha": 0.5}, {"plain_ratio": 1.0}, {"ntp_steps": 0}):
+        load_config(recipe="paper", base="b", data=str(texts), **options).check()
+
+
+def test_splits_and_subsets_are_not_ignored(tmp_path):
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="is one data set, of which split 'test' cannot be taken"):
+        load_source(str(tmp_path / "saved"), split="test")
+    with pytest.raises(ValueError, match="subset 'x' is of data sets of the Hub"):
+        load_source(str(tmp_path / "saved"), subset="x")

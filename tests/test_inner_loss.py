@@ -141,6 +141,16 @@ def test_embeddings_as_wide_as_the_text_is_long_are_not_trimmed(make_model):
     assert_same(gradients(inside, model, columns), gradients(make(model, mini_batch_size=2), model, columns))
 
 
+def test_a_second_backward_pass_gives_the_same_gradients(make_model):
+    model = make_model().double()
+    for inner in (losses.MultipleNegativesRankingLoss(model), losses.CachedMultipleNegativesRankingLoss(model)):
+        value = GemLoss(model, inner=inner, alpha=0.5)([model.preprocess(column) for column in PAIR])
+        weight = model[0].model.get_input_embeddings().weight
+        (first,) = torch.autograd.grad(value, [weight], retain_graph=True)
+        (second,) = torch.autograd.grad(value, [weight])
+        torch.testing.assert_close(first, second)
+
+
 def test_parameters_of_an_inner_loss_are_trained(make_model):
     model = make_model()
     inner = losses.SoftmaxLoss(model, embedding_dimension=32, num_labels=2)
@@ -216,7 +226,7 @@ def test_the_mini_batch_size_of_an_inner_loss_is_taken_over(make_model):
     inner = losses.MatryoshkaLoss(model, losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=5), [8])
     assert GemLoss(model, inner=inner).mini_batch_size == 5
     assert GemLoss(model, inner=losses.CoSENTLoss(model)).mini_batch_size is None
-    with pytest.raises(ValueError, match="mini_batch_size must be 1 or more"):
+    with pytest.raises(ValueError, match="mini_batch_size must be a whole number"):
         GemLoss(model, mini_batch_size=0)
 
 
@@ -331,6 +341,18 @@ def test_inner_losses_that_cannot_be_are_refused(make_model):
     for option in ({"scale": 30.0}, {"gather_across_devices": True}):
         with pytest.raises(ValueError, match="set those of `inner`"):
             GemLoss(model, inner=mnrl(model), **option)
+
+
+def test_an_inner_loss_used_elsewhere_and_tasks_of_two_columns_are_refused(make_model):
+    model = make_model()
+    inner = losses.MultipleNegativesRankingLoss(model)
+    GemLoss(model, inner=inner)
+    with pytest.raises(ValueError, match="To use it elsewhere as well, make another one"):
+        inner([model.preprocess(column) for column in PAIR], None)
+    with pytest.raises(ValueError, match="of which `inner` would see one only"):
+        GemLoss(model, inner=inner, tasks=["summary"])
+    with pytest.raises(ValueError, match=r"must be a whole number of 1 or more, got 2\.5"):
+        GemLoss(model, mini_batch_size=2.5)
 
 
 def test_a_loss_with_an_inner_one_can_be_copied(make_model):

@@ -209,11 +209,28 @@ def test_batches_of_one_have_no_negatives(make_model, tmp_path):
     model = make_model()
     with pytest.raises(ValueError, match="no negatives to tell it from"):
         make_trainer(model, tmp_path, per_device_train_batch_size=1)
-    make_trainer(model, tmp_path, per_device_train_batch_size=1, loss=GemLoss(model, alpha=0.0)).train()
+    one = Dataset.from_dict({"text": CORPUS[:1]})
+    make_trainer(model, tmp_path, one, per_device_train_batch_size=1, loss=GemLoss(model, alpha=0.0)).train()
     hard = Dataset.from_dict({"anchor": CORPUS[:4], "positive": CORPUS[4:], "negative": CORPUS[2:6]})
     trainer = make_trainer(model, tmp_path, hard, per_device_train_batch_size=1, loss=GemLoss(model, alpha=1.0))
     trainer.train()
     assert min(logged(trainer, "contrastive")) > 0
+
+
+def test_tasks_of_two_columns_need_them_before_the_first_step(make_model, tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match=r"take two columns, prefix and suffix, but there are \['text'\]"):
+        make_trainer(model, tmp_path, loss=GemLoss(model, tasks=["summary"]))
+
+
+def test_tasks_chosen_beside_a_frozen_base_are_trained_and_on_the_card(make_model, tmp_path):
+    model = make_model(freeze_base=True)
+    chosen = GemLoss(model, tasks=["reconstruction"])
+    assert (chosen.plain_ratio, chosen.alpha) == (0.5, 0.7)
+    loss = GemLoss(model)
+    data = Dataset.from_dict({"context": CORPUS[:4], "summary": CORPUS[4:]})
+    make_trainer(model, tmp_path, data, loss=loss, max_steps=1).train()
+    assert loss.get_config_dict() == {"plain_ratio": 0.5, "tasks": ["summary"], "token_dropout": 0.85, "alpha": 0.7}
 
 
 def test_an_alpha_out_of_range_is_refused_at_the_first_step(make_model, tmp_path):

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from stsb import SPLITS, TEXTS, read_sentences, spearman, sts_evaluator, train
+from stsb import SPLITS, TEXTS, read_held_out, read_sentences, spearman, sts_evaluator, train
 from torch import Tensor
 from transformers import set_seed
 
@@ -51,6 +51,8 @@ RECIPE: dict[str, Any] = {
     "final_alpha": 0.9,
     "rise_steps": 60,
 }
+CHANGES = {"base-8m": {"texts": {"wiki": 0.5, "nli": 0.5}, "learning_rate": 4e-4}}
+"""What else the recipe has for other bases than stories3M, by the name of their folder."""
 FIXED = {
     "freeze_base": False,
     "pooling": "mean",
@@ -123,8 +125,10 @@ def append_result(path: Path, result: dict[str, Any]) -> None:
     print(json.dumps(result), flush=True)
 
 
-def read_held_out_stories(data: Path) -> list[str]:
-    """The last paragraphs of TinyStories, all of whose sentences read_sentences holds out."""
+def read_held_out_text(data: Path) -> list[str]:
+    """The last paragraphs of TinyStories, or lines of books, all of whose sentences read_sentences holds out."""
+    if "stories" not in RECIPE["texts"]:
+        return read_held_out(data)[-200:]
     lines = (data / TEXTS["stories"]).read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line.strip()][-NUM_HELD_OUT:]
 
@@ -139,7 +143,7 @@ class Bench:
 
     def __init__(self, data: Path, base: str) -> None:
         self.data, self.base = data, base
-        self.held_out = read_held_out_stories(data)
+        self.held_out = read_held_out_text(data)
         self.evaluators = [sts_evaluator(data, split) for split in SPLITS]
         dev = self.evaluators[0]  # a third of it, which takes a third of the time
         dev.sentences1, dev.sentences2, dev.scores = dev.sentences1[::3], dev.sentences2[::3], dev.scores[::3]
@@ -269,6 +273,7 @@ def main() -> None:
         parser.error("Training needs --data, a folder as stsb.py describes it, and --base, a model.")
     else:
         torch.set_num_threads(1)
+        RECIPE.update(CHANGES.get(Path(args.base).name, {}))
         run_all(args)
 
 
