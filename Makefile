@@ -31,7 +31,7 @@ cards: demo ## Render the cards in model_cards, those of gem-base-8m from a new 
 	$(BIN)/python model_cards/render.py --demo $(OUT)
 
 test: setup lint ## Lint, then run all tests, in two processes (JOBS=n for others)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-fast: setup ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow'
@@ -41,7 +41,7 @@ test-floor: ## Run all tests on the oldest supported Sentence Transformers and t
 	.venv-floor/bin/pip install --quiet --constraint constraints.txt torch
 	.venv-floor/bin/pip install --quiet --constraint constraints.txt --editable '.[test]' \
 		sentence-transformers==6.0.0 transformers==5.4.0
-	OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 # Engines need packages that exclude each other, hence an environment each; llama-cpp-python is compiled.
 test-engines: setup ## Serve a stock export with ONNX Runtime, OpenVINO and llama.cpp and compare vectors (10 minutes)

@@ -155,12 +155,25 @@ def make_model(make_base: Callable[..., Path]) -> Callable[..., SentenceTransfor
     return make
 
 
+WITHOUT_BITSANDBYTES = "import sys\nsys.modules['bitsandbytes'] = None\n"
+"""PEFT imports it where it is installed, which takes seconds; the tests that need it run in this process."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _children_start_sooner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(WITHOUT_BITSANDBYTES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture
 def run_without_gem_st(tmp_path: Path) -> Callable[..., str]:
     """Function that runs code in a fresh process, and its children, in which importing gem_st fails."""
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text("import sys\nsys.modules['gem_st'] = None\n")
+    (site / "sitecustomize.py").write_text(f"{WITHOUT_BITSANDBYTES}sys.modules['gem_st'] = None\n")
 
     def run(code: str, *args: object, env: dict[str, str] | None = None) -> str:
         script = tmp_path / "script.py"
