@@ -442,7 +442,7 @@ class GemLoss(nn.Module):
             is that over all their targets; and the factor on similarities, shape ``(1,)``.
         """
         embeddings: dict[int, Tensor] = {}
-        losses, counts = [], []
+        totals, counts = [], []
         for index, column in enumerate(columns):
             if index in embeddings:
                 continue
@@ -454,12 +454,12 @@ class GemLoss(nn.Module):
             embeddings |= zip(
                 group, output["sentence_embedding"].split([len(columns[i].rows) for i in group]), strict=True
             )
-            losses.append(output["ntp_loss"] * output["num_targets"])
+            totals.append(output["ntp_loss"] * output["num_targets"])
             counts.append(output["num_targets"])
         num_targets = torch.stack(counts).sum()
         if (num_processes := get_world_size()) > 1:
             torch.distributed.all_reduce(num_targets)
-        ntp = torch.stack(losses).sum() * num_processes / num_targets.clamp(min=1)
+        ntp = torch.stack(totals).sum() * num_processes / num_targets.clamp(min=1)
         return [embeddings[i] for i in range(len(columns))], ntp, output["logit_scale"]
 
     def _info_nce(self, columns: Sequence[_Column], embeddings: Sequence[Tensor], scale: Tensor) -> Tensor:
