@@ -19,7 +19,7 @@ from .dataset_checks import sample_rows
 from .model_card import draw_mask
 from .modeling_gem import GEM, LOGITS_BUDGET, PREFIX, SUFFIX, count_special_tokens
 from .train import TrainConfig, load_data, read_context
-from .views import PAIR_TASKS, drop_tokens, split_text
+from .views import drop_tokens, split_text, takes_pairs
 
 COLORS = {PREFIX: typer.colors.CYAN, GEM: typer.colors.MAGENTA, SUFFIX: typer.colors.GREEN}
 NUM_SHOWN = 3
@@ -120,7 +120,7 @@ def build_examples(
     """
     tasks = config.tasks or []
     kinds = (["plain"] if config.plain_ratio else []) + (tasks if config.plain_ratio != 1 else [])
-    takes_pairs = not PAIR_TASKS.keys().isdisjoint(tasks)
+    has_pairs = takes_pairs(tasks)
     generator = torch.Generator().manual_seed(config.seed)
     limit = (config.max_length or 0) - config.num_gem_tokens
     special = count_special_tokens(tokenizer)
@@ -128,7 +128,7 @@ def build_examples(
     shown: list[tuple[str, Segments]] = []
     for row, kind in zip(rows, itertools.cycle(kinds)):
         texts = [torch.tensor(tokenizer(row[name], truncation=True, max_length=limit)["input_ids"]) for name in columns]
-        given = texts.pop()[special:] if takes_pairs else None
+        given = texts.pop()[special:] if has_pairs else None
         prefix, suffix = split_text(kind, texts[0], given, limit, special, generator)
         shown.append((kind, _segments(tokenizer, prefix, gem, suffix)))
         if len(texts) == 1:
@@ -257,18 +257,18 @@ def count_tokens(config: TrainConfig, num_columns: int, length: float) -> tuple[
     A row that repeats its text has twice its length, and a text of one column has a second view.
     """
     plain, tasks = config.plain_ratio or 0.0, config.tasks or ["none"]
-    takes_pairs = not PAIR_TASKS.keys().isdisjoint(tasks)
-    num_rows = config.batch_size * (1 if takes_pairs else num_columns)
-    has_views = takes_pairs or num_columns == 1
+    has_pairs = takes_pairs(tasks)
+    num_rows = config.batch_size * (1 if has_pairs else num_columns)
+    has_views = has_pairs or num_columns == 1
     num_gems = config.num_gem_tokens * num_rows * (2 if has_views else 1)
     cut = tasks.count("continuation") / len(tasks)  # their prefix and suffix are one text; all others have two
-    prefixes = num_rows * length * (plain * (2 if takes_pairs else 1) + (1 - plain) * (1 - cut / 2))
+    prefixes = num_rows * length * (plain * (2 if has_pairs else 1) + (1 - plain) * (1 - cut / 2))
     suffixes = num_rows * length * (1 - plain) * (1 - cut / 2)
     views = prefixes * (1 - (config.token_dropout or 0.0)) if has_views else 0.0
     if config.mini_batch_size and config.mini_batch_size < num_rows:  # the one with the longest rows
         num_gems, views = config.num_gem_tokens * config.mini_batch_size, 0.0
         prefixes = config.mini_batch_size * length
-        suffixes = prefixes if (plain < 1 and cut < 1) or takes_pairs else 0.0
+        suffixes = prefixes if (plain < 1 and cut < 1) or has_pairs else 0.0
     if config.mode == "frozen":
         return num_gems + suffixes, prefixes + views, suffixes
     return prefixes + suffixes + views + num_gems, 0.0, prefixes + suffixes

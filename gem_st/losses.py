@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,19 @@ from transformers.utils import logging
 
 from .dataset_checks import check_dataset, warn_of_truncation
 from .model_card import CITATION, gem_of, use_gem_card
+from .modeling_gem import find_caller
 from .training import AlphaSchedule, last_checkpoint
-from .views import NO_TARGET, PAIR_TASKS, TASKS, drop_tokens, join_row, split_rows, split_text
+from .views import (
+    NO_TARGET,
+    PAIR_TASKS,
+    TASKS,
+    check_columns,
+    drop_tokens,
+    join_row,
+    split_rows,
+    split_text,
+    takes_pairs,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -89,12 +99,44 @@ def find_same_texts(keys: Tensor, num_anchors: int, offset: int = 0) -> Tensor:
     return same
 
 
-class _Plan(NamedTuple):
-    """How rows are made of a batch."""
+class RowPlan(NamedTuple):
+    """How rows are made of a batch, and their parts weighted; see :class:`GemLoss`."""
 
     tasks: tuple[str, ...]
     plain_ratio: float
     alpha: float | Callable[[int, int], float]
+
+
+def plan_rows(
+    freeze_base: bool,
+    columns: Sequence[str] = (),
+    *,
+    tasks: Sequence[str] | None = None,
+    plain_ratio: float | None = None,
+    alpha: float | Callable[[int, int], float] | None = None,
+    has_labels: bool = False,
+) -> RowPlan:
+    """Fill in what is not given, by the mode and the names of the columns.
+
+    Args:
+        freeze_base: Whether the base is frozen.
+        columns: Names of the columns, by which tasks are recognised.
+        tasks: As :class:`GemLoss` takes them.
+        plain_ratio: Likewise.
+        alpha: Likewise.
+        has_labels: Whether labels belong to the texts, which are then not cut.
+    """
+    chosen = tasks or [task for task, names in PAIR_TASKS.items() if names == tuple(columns)]
+    if plain_ratio is None:
+        plain_ratio = 0.8 if not freeze_base else 0.5 if chosen else 1.0
+    if alpha is None:
+        alpha = AlphaSchedule() if not freeze_base else 1.0 if plain_ratio == 1 else 0.7
+    return RowPlan(tuple(chosen or (WHOLE_TASKS if has_labels else DEFAULT_TASKS)), plain_ratio, alpha)
+
+
+def default_token_dropout(freeze_base: bool) -> float:
+    """Share of tokens deleted for the second view, if not given."""
+    return 0.85 if freeze_base else 0.7
 
 
 @dataclass
@@ -258,7 +300,7 @@ class GemLoss(nn.Module):
         if tasks is not None:
             _check_tasks(tasks)
         if token_dropout is None:
-            token_dropout = 0.85 if gem.freeze_base else 0.7
+            token_dropout = default_token_dropout(gem.freeze_base)
         if plain_ratio is not None:
             _check_range("plain_ratio", plain_ratio, 0.0, 1.0)
         _check_range("token_dropout", token_dropout, 0.0, 0.99)
@@ -272,7 +314,7 @@ class GemLoss(nn.Module):
         if inner is not None:
             _give_embeddings_to(inner, model)
             mini_batch_size = _mini_batch_size_of(inner) if mini_batch_size is None else mini_batch_size
-            if not PAIR_TASKS.keys().isdisjoint(tasks or ()):
+            if takes_pairs(tasks or ()):
                 raise ValueError(f"tasks={tasks} take both columns as one text, of which `inner` would see one only.")
         if mini_batch_size is not None and not (isinstance(mini_batch_size, int) and mini_batch_size > 0):
             raise ValueError(f"mini_batch_size must be a whole number of 1 or more, got {mini_batch_size!r}.")
@@ -282,29 +324,22 @@ class GemLoss(nn.Module):
         self.mini_batch_size = mini_batch_size
         self.gather_across_devices = gather_across_devices
         self._gem: tuple[Any] = (gem,)  # a tuple, so that the module is not registered twice
-        self._given: tuple[Any, Any] = (plain_ratio, alpha)
+        self._given: dict[str, Any] = {"plain_ratio": plain_ratio, "alpha": alpha}
         self.tasks = None if tasks is None else tuple(tasks)
         self._last_plan = self._plan()
         _, self.plain_ratio, self.alpha = self._last_plan
         gem.check_output_head()
         if self.plain_ratio < 1:
             gem.require_attention_mask()
+        logger.debug(f"Short texts are packed: {gem._can_pack}")  # looked at now, before weights may be sharded
         self.num_special = gem.num_special_tokens
         _warn_of_low_precision(gem)
         use_gem_card(model)
 
-    def _plan(self, column_names: Sequence[str] = (), has_labels: bool = False) -> _Plan:
-        """Tasks of a batch with these columns, and the defaults that depend on them."""
-        (gem,) = self._gem
-        columns = tuple(column_names) if self.inner is None else ()  # an inner loss knows what its columns are
-        chosen = self.tasks or [task for task, names in PAIR_TASKS.items() if names == columns]
-        tasks = chosen or (WHOLE_TASKS if has_labels else DEFAULT_TASKS)
-        plain_ratio, alpha = self._given
-        if plain_ratio is None:
-            plain_ratio = 0.8 if not gem.freeze_base else 0.5 if chosen else 1.0
-        if alpha is None:
-            alpha = AlphaSchedule() if not gem.freeze_base else 1.0 if plain_ratio == 1 else 0.7
-        return _Plan(tuple(tasks), plain_ratio, alpha)
+    def _plan(self, column_names: Sequence[str] = (), has_labels: bool = False) -> RowPlan:
+        """How rows are made of a batch with these columns; an inner loss knows itself what its columns are."""
+        columns = column_names if self.inner is None else ()
+        return plan_rows(self._gem[0].freeze_base, columns, tasks=self.tasks, has_labels=has_labels, **self._given)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GemLoss:
         """Look at the data: a trainer moves its loss to the device while it is being built, and calls this."""
@@ -314,15 +349,11 @@ class GemLoss(nn.Module):
             rows = check_dataset(trainer.train_dataset, "training", **options)
             check_dataset(trainer.eval_dataset, "evaluation", **options)
             warn_of_truncation(self._gem[0], rows)
-            self._check_columns(trainer.train_dataset)
+            columns = getattr(trainer.train_dataset, "column_names", None)
+            if isinstance(columns, list):  # of several data sets, each may have its own loss
+                check_columns(self.tasks or (), columns)
             self._check_batch_size(trainer)
         return super()._apply(fn, recurse)
-
-    def _check_columns(self, dataset: Any) -> None:
-        """Raise if the tasks need other columns than a data set has; of several, each may have its own loss."""
-        columns = getattr(dataset, "column_names", None)
-        if isinstance(columns, list) and not PAIR_TASKS.keys().isdisjoint(self.tasks or ()) and len(columns) != 2:
-            raise ValueError(f"tasks={self.tasks} take two columns, prefix and suffix, but there are {columns}.")
 
     def _check_batch_size(self, trainer: BaseTrainer) -> None:
         """Raise if a batch of one has nothing to be told from: hard negatives, or texts of other processes."""
@@ -337,20 +368,11 @@ class GemLoss(nn.Module):
             "alone."
         )
 
-    def current_alpha(self, state: TrainerState | None) -> float:
+    def _alpha_at(self, alpha: float | Callable[[int, int], float], state: TrainerState | None) -> float:
         """Weight of the contrastive part at the optimizer step; in evaluation, at the last step.
 
         Evaluation losses at different steps can then be compared, e.g. to find the best checkpoint.
-
-        Args:
-            state: The trainer's, which knows the step.
-
-        Raises:
-            ValueError: If ``alpha`` is a function and there is no trainer, or it returns a number outside [0, 1].
         """
-        return self._alpha_at(self.alpha, state)
-
-    def _alpha_at(self, alpha: float | Callable[[int, int], float], state: TrainerState | None) -> float:
         if not callable(alpha):
             return float(alpha)
         if state is None:
@@ -415,15 +437,14 @@ class GemLoss(nn.Module):
             )
         return loss
 
-    def _build_columns(self, sentence_features: list[dict[str, Any]], plan: _Plan, has_labels: bool) -> list[_Column]:
+    def _build_columns(self, sentence_features: list[dict[str, Any]], plan: RowPlan, has_labels: bool) -> list[_Column]:
         """Make the rows of each column; of one without labels, which belong to whole texts, a second view as well."""
         (gem,) = self._gem
         generator = None if gem.training else torch.Generator().manual_seed(0)
         texts = [split_rows(f["input_ids"], f["attention_mask"], gem.gem_token_ids) for f in sentence_features]
         suffixes = None
-        if not PAIR_TASKS.keys().isdisjoint(plan.tasks):
-            if len(texts) != 2:
-                raise ValueError(f"tasks={plan.tasks} take two columns, prefix and suffix, but there are {len(texts)}.")
+        check_columns(plan.tasks, len(texts))
+        if takes_pairs(plan.tasks):
             suffixes = [text[self.num_special :] for text in texts.pop()]
         rows, prefixes = self.build_rows([text for column in texts for text in column], generator, suffixes, plan)
         columns, size = [], len(texts[0])
@@ -513,7 +534,7 @@ class GemLoss(nn.Module):
         texts: Sequence[Tensor],
         generator: torch.Generator | None = None,
         suffixes: Sequence[Tensor] | None = None,
-        plan: _Plan | None = None,
+        plan: RowPlan | None = None,
     ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
         """Make plain and bottleneck rows of texts (paper, section 3).
 
@@ -611,14 +632,12 @@ def _find_trainer() -> tuple[BaseTrainer | None, list[str]]:
     Sentence Transformers hands a loss neither the trainer nor the step nor names of columns. All are needed: the step
     for ``alpha``, the names for ``tasks``, the trainer's log for the parts of the loss.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(trainer := frame.f_locals.get("self"), BaseTrainer):
-            inputs = frame.f_locals.get("inputs")
-            names = inputs if isinstance(inputs, dict) else ()
-            return trainer, [n.removesuffix("_input_ids") for n in names if n.endswith("_input_ids")]
-        frame = frame.f_back
-    return None, []
+    frame = find_caller(lambda caller: isinstance(caller, BaseTrainer))
+    if frame is None:
+        return None, []
+    inputs = frame.f_locals.get("inputs")
+    names = inputs if isinstance(inputs, dict) else ()
+    return frame.f_locals["self"], [n.removesuffix("_input_ids") for n in names if n.endswith("_input_ids")]
 
 
 def _check_tasks(tasks: Sequence[str]) -> None:

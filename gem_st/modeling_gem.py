@@ -28,8 +28,9 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -737,7 +738,6 @@ class GemTransformer(InputModule):
                 options["target_modules"] = self._linear_names()
             self._add_lora(_import_peft().LoraConfig(**_check_lora_kwargs({**options, **(lora_kwargs or {})})))
         self._check_is_causal(base)
-        self._can_pack = self._probe_packing()
         if num_gem_tokens > 1 or freeze_base:
             self.require_attention_mask()
         self.register_load_state_dict_pre_hook(_keep_quantized_weights)
@@ -979,9 +979,10 @@ class GemTransformer(InputModule):
                 return False
         return len(past.layers) > 0 and _is_same(last, whole[:, -2:])
 
+    @cached_property
     @torch.no_grad()
-    def _probe_packing(self) -> bool:
-        """True if two texts in one row give the hidden states they have alone."""
+    def _can_pack(self) -> bool:
+        """True if two texts in one row give the hidden states they have alone; looked at once, when it is trained."""
         if self.freeze_base or self.model.config._attn_implementation not in ("eager", "sdpa"):
             return False
         ids = torch.cat([self._probe(0, 1, 2), self._probe(3, 2, 0), self._probe(1, 0, 0)])
@@ -1268,7 +1269,7 @@ class GemTransformer(InputModule):
     def _should_pack(self, lengths: Tensor) -> bool:
         """True in training where packing is possible, and saves more padding than another pass would cost."""
         implementation = self.model.config._attn_implementation
-        if not (self._can_pack and torch.is_grad_enabled() and implementation in ("eager", "sdpa")):
+        if not (torch.is_grad_enabled() and implementation in ("eager", "sdpa") and self._can_pack):
             return False
         longest = int(lengths.max())
         return longest <= self._rope_limit and int((longest - lengths).sum()) > BUCKET_COST["cpu"]
@@ -2265,13 +2266,17 @@ def _may_write() -> bool:
     Trainers ask every process to save, since sharded weights take all of them, and Sentence Transformers passes that on
     as it is; who is to write stands in the trainer's arguments alone.
     """
+    name = ("transformers.trainer", "Trainer")
+    frame = find_caller(lambda caller: any((cls.__module__, cls.__name__) == name for cls in type(caller).__mro__))
+    return frame is None or bool(frame.f_locals["self"].args.should_save)
+
+
+def find_caller(is_wanted: Callable[[Any], bool]) -> FrameType | None:
+    """The innermost frame of the call stack whose ``self`` is wanted."""
     frame = inspect.currentframe()
-    while frame is not None:
-        trainer: Any = frame.f_locals.get("self")
-        if any((cls.__module__, cls.__name__) == ("transformers.trainer", "Trainer") for cls in type(trainer).__mro__):
-            return bool(trainer.args.should_save)
+    while frame is not None and not is_wanted(frame.f_locals.get("self")):
         frame = frame.f_back
-    return True
+    return frame
 
 
 class _Gathered:

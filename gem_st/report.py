@@ -23,7 +23,7 @@ from .data import TrainData
 from .evaluation import PerplexityEvaluator
 from .losses import GemLoss
 from .model_card import describe_hardware
-from .views import PAIR_TASKS
+from .views import takes_pairs
 
 logger = logging.get_logger(__name__)
 
@@ -64,8 +64,7 @@ def measure(trainer: Any, loss: GemLoss, data: TrainData) -> dict[str, Any]:
         texts = [text for row in data.held_out for text in row.values()]
         name = "perplexity of held-out text"
         result["metrics"][name] = next(iter(PerplexityEvaluator(texts, name="held-out")(model).values()))
-        takes_pairs = not PAIR_TASKS.keys().isdisjoint(loss._plan(data.columns).tasks)
-        columns = data.columns[:1] if takes_pairs else data.columns
+        columns = data.columns[:1] if takes_pairs(loss._plan(data.columns).tasks) else data.columns
         result |= measure_similarities(model, loss, [[row[name] for row in data.held_out] for name in columns])
         result["metrics"] |= result.pop("similarity_metrics")
         first = [row[data.columns[0]] for row in data.held_out]

@@ -27,11 +27,11 @@ from transformers.utils import logging
 
 from .data import TrainData, as_texts, generate_texts, load_eval, load_source, read_texts, set_aside, write_texts
 from .dataset_checks import check_dataset
-from .losses import DEFAULT_TASKS, GemLoss
+from .losses import DEFAULT_TASKS, GemLoss, RowPlan, default_token_dropout, plan_rows
 from .modeling_gem import GemTransformer
 from .report import describe_versions, measure, write_json, write_report
 from .training import AlphaSchedule, TwoPhaseLearningRate, last_checkpoint
-from .views import PAIR_TASKS, TASKS
+from .views import PAIR_TASKS, TASKS, check_columns
 
 logger = logging.get_logger(__name__)
 
@@ -63,14 +63,6 @@ PAPER = {
 }
 RECIPES: dict[str, dict[str, Any]] = {"paper": PAPER}
 """Settings by the name of a recipe; ``paper`` is section 4 of arXiv 2506.04344."""
-
-MODE_DEFAULTS = {
-    "full": {"plain_ratio": 0.8, "token_dropout": 0.7, "learning_rate": 2e-4},
-    "frozen": {"plain_ratio": 1.0, "token_dropout": 0.85, "learning_rate": 5e-4},
-    "lora": {"plain_ratio": 0.8, "token_dropout": 0.7, "learning_rate": 5e-4},
-}
-MODE_DEFAULTS["qlora"] = MODE_DEFAULTS["lora"]
-"""Defaults that depend on the mode; those of :class:`gem_st.GemLoss`, and learning rates."""
 
 OWN_ARGUMENTS = {
     "output_dir": "output",
@@ -210,14 +202,15 @@ class TrainConfig:
             ValueError: If rows are longer than that, or nothing would be learned.
         """
         new = dataclasses.replace(self, output=str(self.folder), precision=choose_precision(self.precision))
-        new.tasks = self.tasks or pair_tasks(columns)
-        if not PAIR_TASKS.keys().isdisjoint(new.tasks) and len(columns) != 2:
-            raise ValueError(f"tasks {new.tasks} take two columns, prefix and suffix, but there are {columns}.")
-        if self.mode == "frozen" and self.plain_ratio is None and new.tasks:
-            new.plain_ratio = 0.5
-        for name, value in MODE_DEFAULTS[self.mode].items():
-            if getattr(new, name) is None:
-                setattr(new, name, value)
+        freeze_base = self.mode == "frozen"
+        plan = plan_rows(freeze_base, columns, tasks=self.tasks, plain_ratio=self.plain_ratio)
+        check_columns(plan.tasks, columns)
+        new.plain_ratio = plan.plain_ratio
+        new.tasks = [] if plan.plain_ratio == 1 and plan.tasks == DEFAULT_TASKS else list(plan.tasks)
+        if new.token_dropout is None:
+            new.token_dropout = default_token_dropout(freeze_base)
+        if new.learning_rate is None:
+            new.learning_rate = 2e-4 if self.mode == "full" else 5e-4
         if new.steps is None:
             new.steps = count_steps(num_rows or 0, self)
         new.max_length = new.max_length or min(512, context or 512)
@@ -225,21 +218,20 @@ class TrainConfig:
             raise ValueError(f"max_length {new.max_length} is more than the {context} tokens that the base can read.")
         new.dtype = new.dtype or ("bfloat16" if self.mode == "qlora" else "float32")
         new.lora_rank = None if self.mode == "full" else new.lora_rank or 32
-        new.tasks = new.tasks or ([] if new.plain_ratio == 1 else list(DEFAULT_TASKS))
-        return new._resolve_alpha(learns_by_text=self.mode != "frozen" or new.plain_ratio != 1)
+        new._resolve_alpha(plan, learns_by_text=not freeze_base or plan.plain_ratio != 1)
+        return new
 
-    def _resolve_alpha(self, learns_by_text: bool) -> TrainConfig:
+    def _resolve_alpha(self, plan: RowPlan, learns_by_text: bool) -> None:
         if self.uses_schedule:
             default = min(100, (self.steps or 0) // 5) if learns_by_text else 0
             self.ntp_steps = default if self.ntp_steps is None else self.ntp_steps
             self.final_alpha = 0.9 if self.final_alpha is None else self.final_alpha
-        elif self.alpha is None:
-            self.alpha = 0.7 if learns_by_text else 1.0
+        elif self.alpha is None and not callable(plan.alpha):
+            self.alpha = plan.alpha
         if not learns_by_text and (self.alpha == 0 or self.ntp_steps):
             raise ValueError(
                 "A frozen base learns nothing from plain rows while alpha is 0. Lower plain_ratio, or raise alpha."
             )
-        return self
 
     def describe(self) -> dict[str, Any]:
         """Settings that say something, for logs and reports."""
@@ -409,7 +401,6 @@ def _check_combinations(config: TrainConfig) -> None:
     for names, reason in EXCLUDED.items():
         if given.issuperset(names):
             raise ValueError(f"{names[0]} and {names[1]} exclude each other: {reason} Drop one.")
-    plain_ratio = config.plain_ratio
     refused = {
         "Neither data nor self_generate is given. Name a file, a folder or a Hub id, or have the base write its own "
         "texts: --self-generate 5000.": not given & {"data", "self_generate"},
@@ -418,7 +409,7 @@ def _check_combinations(config: TrainConfig) -> None:
         and config.lora_rank is not None,
         "dtype is set by qlora: 4-bit weights that compute in bfloat16.": config.mode == "qlora" and "dtype" in given,
         f"tasks {config.tasks} are of rows that are not plain, but plain_ratio is 1. Lower it: --plain-ratio 0.5.": (
-            bool(config.tasks) and plain_ratio == 1
+            bool(config.tasks) and config.plain_ratio == 1
         ),
         "ntp_learning_rate is the rate while a schedule holds alpha at 0; set ntp_steps, too.": (
             config.ntp_learning_rate is not None and (not config.uses_schedule or config.ntp_steps == 0)
@@ -488,11 +479,6 @@ def count_steps(num_rows: int, config: TrainConfig) -> int:
     batches = math.ceil(num_rows / per_batch)
     steps = math.ceil(batches / config.training_arguments.get("gradient_accumulation_steps", 1))
     return max(1, math.ceil(steps * (config.epochs or 1.0)))
-
-
-def pair_tasks(columns: list[str]) -> list[str]:
-    """The task of two columns that is recognised by their names, as :class:`gem_st.GemLoss` does; empty for others."""
-    return [task for task, names in PAIR_TASKS.items() if names == tuple(columns)]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ CPU, so that a seed fixes every cut and deletion on any device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,6 +75,25 @@ TASKS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 PAIR_TASKS: dict[str, tuple[str, str]] = {"summary": ("context", "summary"), "soft_prompt": ("prompt", "answer")}
 """Tasks that are given prefix and suffix, and the names of columns by which they are recognised."""
+
+
+def takes_pairs(tasks: Iterable[str]) -> bool:
+    """True if some of the tasks are given prefix and suffix."""
+    return not PAIR_TASKS.keys().isdisjoint(tasks)
+
+
+def check_columns(tasks: Sequence[str], columns: Sequence[Any] | int) -> None:
+    """Raise if tasks that are given prefix and suffix have not two columns.
+
+    Args:
+        tasks: Names of tasks.
+        columns: Names of the columns, or how many there are.
+
+    Raises:
+        ValueError: If there are more or fewer than two.
+    """
+    if takes_pairs(tasks) and (columns if isinstance(columns, int) else len(columns)) != 2:
+        raise ValueError(f"tasks={tuple(tasks)} take two columns, prefix and suffix, but there are {columns}.")
 
 
 def fit_pair(prefix: Tensor, suffix: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
