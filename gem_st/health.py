@@ -297,7 +297,8 @@ def check_lengths(lengths: Sequence[LengthHealth]) -> list[Check]:
     """Whether vectors stay comparable as texts grow, rows from the shortest to the longest."""
     span = f"{lengths[0].num_tokens} to {lengths[-1].num_tokens} tokens"
     norms = [row.norm for row in lengths]
-    ratio = max(norms) / min(norms) if min(norms) > 0 else math.inf
+    smallest, largest = float(np.min(norms)), float(np.max(norms))  # NaN if one is
+    ratio = largest / smallest if smallest > 0 else math.inf
     is_finite = all(row.is_finite for row in lengths)
     checks = [
         Check(
