@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -757,8 +758,7 @@ def _recorded_norms(model: SentenceTransformer) -> Iterator[list[float]]:
 
 
 def _normalizes_vectors(module: nn.Module) -> bool:
-    is_normalize = type(module).__name__ == "Normalize"
-    return is_normalize and getattr(module, "module_input_name", "sentence_embedding") == "sentence_embedding"
+    return isinstance(module, Normalize) and module.module_input_name == "sentence_embedding"
 
 
 def _tokenizer_of(model: SentenceTransformer) -> PreTrainedTokenizerBase:
