@@ -193,7 +193,13 @@ def test_the_others_are_what_plain_transformers_gives(load, tmp_path):
         ]
         assert results["arc_easy"]["metrics"][metric] == np.mean([choice == 1 for choice in chosen])
         chosen = [
-            best(model, tokenizer, f"Life: {row['ctx_a'][:-8]}. The man", row["endings"], normalise)
+            best(
+                model,
+                tokenizer,
+                f"Life: {row['ctx_a'][:-8]}. The man",
+                [text.strip() for text in row["endings"]],
+                normalise,
+            )
             for row in rows["hellaswag"]
         ]
         labels = [row["label"] for row in rows["hellaswag"]]
@@ -438,7 +444,7 @@ def test_without_network_the_local_way_is_named(monkeypatch, load):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(OSError, match="could not load its task 'mmlu'.*no route to host.*name local files.*data:"):
+    with pytest.raises(OSError, match=r"could not load its task 'mmlu'.*no route to host.*name local files.*data:"):
         evaluate_generation(*load(), GenerationTask("MMLU", "mmlu"))
 
 
