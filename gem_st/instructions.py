@@ -40,9 +40,7 @@ _QUERIES = {
     "MSMARCO": "Given a web search query, retrieve relevant passages that answer the query",
     "NFCorpus": "Given a question, retrieve relevant documents that best answer the question",
     "NQ": "Given a question, retrieve Wikipedia passages that answer the question",
-    "QuoraRetrieval": (
-        "Given a question, retrieve questions that are semantically equivalent to the given question"
-    ),
+    "QuoraRetrieval": ("Given a question, retrieve questions that are semantically equivalent to the given question"),
     "SCIDOCS": "Given a scientific paper title, retrieve paper abstracts that are cited by the given paper",
     "SciFact": f"Given a scientific claim, {_CLAIM}",
     "Touche2020": "Given a question, retrieve detailed and persuasive arguments that answer the question",
