@@ -23,6 +23,7 @@ For everyone, once the checkpoint is public: a pull request to https://github.co
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ def model_meta(
         recipe: One of :data:`RECIPES`, for the facts of the base: one GEM token, and 512 tokens in a row.
         model: The checkpoint itself, loaded, whose numbers win over those of the recipe: parameters with those of GEM
             tokens and LoRA, width with ``pooling="concat"``, length, instructions.
-        revision: Commit that the results are of.
+        revision: Commit that the results are of. Of a folder, what it holds is one by default: mteb looks results up by
+            name and revision, and would show those of an earlier training.
         **facts: Fields of ``mteb.models.ModelMeta``, which win over all else: ``release_date``,
             ``public_training_code``, ``contacts``, ``training_datasets`` if it was trained on other data...
 
@@ -99,7 +101,9 @@ def model_meta(
 
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"There is no recipe {recipe!r}, but {', '.join(RECIPES)}.")
-    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    is_folder = Path(name).is_dir()
+    if is_folder:
+        name, revision = str(Path(name).resolve()), revision or _state_of(Path(name))
     fields: dict[str, Any] = {
         **dict.fromkeys(name for name, field in ModelMeta.model_fields.items() if field.is_required()),
         "loader": SentenceTransformerEncoderWrapper,
@@ -109,7 +113,7 @@ def model_meta(
         "languages": ["eng-Latn"],
         "open_weights": True,
         "framework": ["Sentence Transformers", "PyTorch", "safetensors"],
-        "reference": None if Path(name).is_dir() else f"https://huggingface.co/{name}",
+        "reference": None if is_folder else f"https://huggingface.co/{name}",
         "similarity_fn_name": "cosine",
         "citation": CITATION.strip(),
         **(_facts_of_recipe(RECIPES[recipe]) if recipe else {}),
@@ -119,6 +123,13 @@ def model_meta(
     if fields["n_parameters"] and fields["memory_usage_mb"] is None:
         fields["memory_usage_mb"] = round(fields["n_parameters"] * 4 / 1024**2)  # float32, as mteb reckons
     return ModelMeta(**fields)
+
+
+def _state_of(folder: Path) -> str:
+    """Names, sizes and times of a checkpoint's files, in 12 characters."""
+    files = sorted(path for kind in ("json", "safetensors") for path in folder.rglob(f"*.{kind}"))
+    state = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:12]
 
 
 def _facts_of_recipe(recipe: Recipe) -> dict[str, Any]:
