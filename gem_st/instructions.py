@@ -141,7 +141,8 @@ TYPE_INSTRUCTIONS: dict[str, str] = {
 }
 """Instructions by the type of a task, for tasks that have none of their own, local ones among them.
 
-They are what mteb gives to models with instructions, LLM2Vec among them, for a task that has none.
+They are what mteb gives to models with instructions, LLM2Vec among them, for a task that has none; the grammar of one
+is mended.
 """
 
 
