@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from .data import TrainData, as_texts, generate_texts, load_eval, load_source, read_texts, set_aside, write_texts
 from .dataset_checks import check_dataset
+from .instructions import task_prompts
 from .losses import DEFAULT_TASKS, GemLoss, RowPlan, default_token_dropout, plan_rows
 from .modeling_gem import GemTransformer
 from .report import describe_versions, measure, write_json, write_report
@@ -151,6 +152,9 @@ class TrainConfig:
     gather_across_devices: Annotated[bool, "Negatives from the batches of all devices."] = False
     precision: Annotated[str, "auto, float32, bf16 or fp16; auto is bf16 on accelerators that have it."] = "auto"
     seed: Annotated[int, "Of the data's order, new weights, cuts and deletions."] = 0
+    instructions: Annotated[
+        bool, "Store LLM2Vec's instructions for MTEB in the checkpoint as prompts; training itself is without."
+    ] = False
     training_arguments: Annotated[
         dict[str, Any], "NAME=VALUE of any other training argument, e.g. report_to=wandb; may be repeated."
     ] = field(default_factory=dict)
@@ -719,7 +723,11 @@ def build_model(config: TrainConfig) -> SentenceTransformer:
         processor_kwargs=config.hub_kwargs,
         config_kwargs=config.hub_kwargs,
     )
-    model = SentenceTransformer(modules=[gem], device="cpu" if config.training_arguments.get("use_cpu") else None)
+    model = SentenceTransformer(
+        modules=[gem],
+        prompts=task_prompts() if config.instructions else None,
+        device="cpu" if config.training_arguments.get("use_cpu") else None,
+    )
     if config.mode in ("lora", "qlora"):
         from peft import LoraConfig
 

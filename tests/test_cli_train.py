@@ -24,6 +24,7 @@ from gem_st import GemLoss, TwoPhaseLearningRate
 from gem_st.cli import app
 from gem_st.data import load_source, sample_texts, set_aside
 from gem_st.dry_run import count_tokens, estimate_memory, preview, render
+from gem_st.instructions import task_prompts
 from gem_st.report import render_report
 from gem_st.train import (
     TrainConfig,
@@ -420,6 +421,31 @@ def test_an_evaluation_set_of_texts_gives_a_loss(make_config, texts):
     name = "loss on the evaluation set"
     assert math.isfinite(result.before[name])
     assert result.before[name] != result.after[name]
+
+
+def test_instructions_are_stored_and_not_trained_with(make_config, tmp_path, monkeypatch):
+    reports: list[dict] = []
+    monkeypatch.setattr("gem_st.train.write_report", lambda folder, content: reports.append(content))
+    Dataset.from_dict(
+        {"sentence1": CORPUS, "sentence2": CORPUS[::-1], "score": [index / 8 for index in range(8)]}
+    ).to_csv(tmp_path / "graded.csv")
+    options = {"eval_data": tmp_path / "graded.csv", "steps": 2, "training_arguments": {"save_steps": 1}}
+    told = train(make_config(**options, instructions=True))
+    plain = train(make_config(**options, output=tmp_path / "plain"))
+    assert told.after == plain.after
+    losses = [[entry.get("loss") for entry in report["log_history"]] for report in reports]
+    assert losses[0] == losses[1]
+    assert [report["settings"].get("instructions") for report in reports] == [True, None]
+    for folder in (told.folder, told.folder / "checkpoint-1", plain.folder):
+        prompts = json.loads((folder / "config_sentence_transformers.json").read_text())["prompts"]
+        stored = {} if folder == plain.folder else task_prompts()
+        assert prompts == {"query": "", "document": "", **stored}
+
+
+def test_instructions_on_the_command_line(texts, make_base):
+    options = ("--base", make_base(), "--data", texts, "--dry-run", "--json")
+    shown = [json.loads(invoke(*options, *more).stdout)["settings"] for more in ((), ("--instructions",))]
+    assert [settings.get("instructions") for settings in shown] == [None, True]
 
 
 def test_a_training_that_is_resumed_ends_like_one_that_was_not(make_config, tmp_path):
