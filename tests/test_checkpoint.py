@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -94,11 +93,13 @@ def test_versions_that_are_too_old_are_named(saved):
     ],
     ids=["sentence-transformers", "transformers"],
 )
-def test_older_libraries_get_one_clear_line(saved, older):
+def test_older_libraries_get_one_clear_line(saved, python, older):
     _, folder = saved
-    code = f"import sys, torch, transformers\n{older}\nimport gem_st"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    code = f"import sys, torch, transformers\n{older}\nimport gem_st"  # beside the script: the checkpoint's file
+    (folder / "older.py").write_text(code)
+    done = python.run("older.py", env={**os.environ, "HF_HOME": "hf", "HF_HUB_OFFLINE": "1"}, cwd=folder)
     assert done.returncode != 0
+    assert str(folder / "gem_st.py") in done.stderr
     assert "ImportError: GEM needs newer packages: pip install -U 'sentence-transformers>=6.0'" in done.stderr
 
 

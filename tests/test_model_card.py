@@ -336,20 +336,22 @@ def test_the_cards_of_the_demo_are_of_this_template(name, make_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_code_block_of_a_recipe_runs(make_base, tmp_path):
+def test_every_code_block_of_a_recipe_runs(make_base, python, tmp_path):
     """The blocks of all recipe cards come from one template; here they run on a small base and a server of our own."""
     name = "gem-qwen3-0.6b"
     text = RECIPES[f"{name}.md"].replace("Qwen/Qwen3-0.6B-Base", str(make_base("qwen3"))).replace(", bf16=True", "")
     text = text.replace("max_steps=1000", "max_steps=2").replace("max_seq_length=512", "max_seq_length=128")
-    python, bash = (re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL) for kind in ("python", "bash"))
+    scripts, bash = (re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL) for kind in ("python", "bash"))
     (tmp_path / "wiki.txt").write_text("\n".join(CORPUS))
-    (tmp_path / "blocks.py").write_text("\n".join(python))
+    (tmp_path / "blocks.py").write_text("\n".join(scripts))
     (tmp_path / "blocks.sh").write_text("\n".join(bash))
     with HubServer({"hf_writer": ("your-name", "write")}) as server:
         env = server.env(tmp_path / "home", token="hf_writer")
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-        for command in ([sys.executable, "blocks.py"], ["bash", "-e", "blocks.sh"]):
-            done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
+        done = python.run("blocks.py", env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        command = ["bash", "-e", "blocks.sh"]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
         assert "gem_reference.json" in server.files("your-name/Qwen3-0.6B-GEM")
     assert (tmp_path / f"{name}-adapter" / "gem_adapter").exists()
