@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import (
@@ -153,6 +153,12 @@ def make_model(make_base: Callable[..., Path]) -> Callable[..., SentenceTransfor
         return SentenceTransformer(modules=[gem], device="cpu")
 
     return make
+
+
+def quiet_arguments(folder: str | Path, **options: object) -> SentenceTransformerTrainingArguments:
+    """Arguments of a training on the CPU that reports to nobody and draws no bars."""
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    return SentenceTransformerTrainingArguments(str(folder), **{**quiet, **options})
 
 
 WITHOUT_BITSANDBYTES = "import sys\nsys.modules['bitsandbytes'] = None\n"

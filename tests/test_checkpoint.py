@@ -15,12 +15,12 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from transformers import AutoModelForCausalLM
 
 from gem_st import GemLoss, GemTransformer, modeling_gem
 
-from .conftest import CORPUS
+from .conftest import CORPUS, quiet_arguments
 
 TEXTS = ["It rained all day.", "She bought bread at the market.", "", "\U0001f642 a letter"]
 
@@ -183,18 +183,8 @@ def test_a_pool_of_processes_with_gem_st(saved):
 
 
 def train(model: SentenceTransformer, folder: Path, resume: bool = False, **kwargs) -> SentenceTransformerTrainer:
-    arguments = SentenceTransformerTrainingArguments(
-        str(folder),
-        **{
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "save_steps": 2,
-            "learning_rate": 1e-2,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **kwargs,
-        },
+    arguments = quiet_arguments(
+        folder, **{"max_steps": 4, "per_device_train_batch_size": 4, "save_steps": 2, "learning_rate": 1e-2, **kwargs}
     )
     data = Dataset.from_dict({"text": CORPUS})
     trainer = SentenceTransformerTrainer(

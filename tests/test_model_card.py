@@ -14,12 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerModelCardData,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData, SentenceTransformerTrainer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -30,7 +25,7 @@ from gem_st.evaluation import PerplexityEvaluator
 from gem_st.model_card import CITATION, MODEL_ID, draw_mask
 from gem_st.modeling_gem import gem_segments
 
-from .conftest import CORPUS, ROOT
+from .conftest import CORPUS, ROOT, quiet_arguments
 from .hub_server import HubServer
 
 
@@ -45,16 +40,8 @@ def train(model: SentenceTransformer, folder: Path, **loss) -> list[dict]:
     """Train a little, with evaluations before and after; the metrics before."""
     loss, measures = GemLoss(model, **loss), evaluators()
     before = [evaluator(model) for evaluator in measures]
-    arguments = SentenceTransformerTrainingArguments(
-        str(folder),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        save_steps=3,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
+    arguments = quiet_arguments(
+        folder, max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=3, logging_steps=1
     )
     data = Dataset.from_dict({"sentence": CORPUS})
     SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
@@ -184,9 +171,7 @@ def test_settings_of_a_stock_card_are_kept(make_base):
 
 def test_a_card_by_another_loss_is_written_anew_on_export(make_model, tmp_path):
     model = make_model()
-    arguments = SentenceTransformerTrainingArguments(
-        str(tmp_path / "run"), max_steps=2, report_to="none", use_cpu=True, learning_rate=0.0123
-    )
+    arguments = quiet_arguments(tmp_path / "run", max_steps=2, learning_rate=0.0123)
     data = Dataset.from_dict({"anchor": CORPUS[:4], "positive": CORPUS[4:]})
     loss = MultipleNegativesRankingLoss(model)
     SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
