@@ -41,6 +41,11 @@ assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatc
 ids = AutoTokenizer.from_pretrained(sys.argv[1])("It rained", return_tensors="pt")
 print(model.generate(**ids, max_new_tokens=6, do_sample=False)[0].tolist())
 """
+IMPATIENT = """
+import sys, time
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.1))  # between two attempts at a request: it makes as many
+"""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def client(server, python, tmp_path) -> Callable[..., CompletedProcess[str]]:
 
     def run(code: str, *args: object, token: str | None = WRITER, **env: str) -> CompletedProcess[str]:
         script = tmp_path / "client.py"
-        script.write_text("import sys\n" + textwrap.dedent(code))
+        script.write_text(IMPATIENT + textwrap.dedent(code))
         return python.run(script, *args, env={**server.env(tmp_path / "home", token=token), **env}, cwd=tmp_path)
 
     return run
