@@ -35,9 +35,18 @@ class ForkedPython:
         self.folder = folder
         self.servers: dict[tuple, tuple[subprocess.Popen[str], Path]] = {}
 
-    def run(self, *args: object, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
-        """Run a script with arguments, as ``subprocess.run([sys.executable, ...], capture_output=True)`` does."""
-        command = list(map(str, args))
+    def run(
+        self, script: str | Path, *args: object, env: dict[str, str], cwd: Path
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script with arguments, as ``subprocess.run([sys.executable, ...], capture_output=True)`` does.
+
+        Args:
+            script: Path; a relative one is made absolute.
+            args: Arguments, made strings.
+            env: Environment, with ``HF_HOME``.
+            cwd: Working directory.
+        """
+        command = [str(Path(cwd, script)), *map(str, args)]
         if sys.platform != "linux":
             return subprocess.run([sys.executable, *command], env=env, cwd=cwd, capture_output=True, text=True)
         server, home = self._server(env)
@@ -92,7 +101,7 @@ def become(args: list[str], env: dict[str, str], cwd: str, outputs: list[str]) -
     os.environ.update(env)
     sys.argv = args
     places = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
-    sys.path[:1] = [os.path.dirname(os.path.abspath(args[0])), *map(os.path.abspath, places)]
+    sys.path[:1] = [os.path.dirname(args[0]), *map(os.path.abspath, places)]
     importlib.invalidate_caches()
     sys.modules.pop("sitecustomize", None)
     with suppress(ModuleNotFoundError):

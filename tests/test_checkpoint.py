@@ -164,7 +164,7 @@ def test_a_pool_of_processes_on_a_strangers_copy(saved, run_without_gem_st, tmp_
     from sentence_transformers import SentenceTransformer
     SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu").save_pretrained(sys.argv[4])
     model = SentenceTransformer(sys.argv[4], trust_remote_code=True, device="cpu")
-    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    pool = model.start_multi_process_pool(["cpu"])
     np.save(sys.argv[2], model.encode(json.loads(sys.argv[3]), pool=pool, chunk_size=4))
     model.stop_multi_process_pool(pool)
     """

@@ -225,7 +225,7 @@ def test_defaults_of_the_loss_beside_a_frozen_base(make_model, tmp_path):
 
 def test_a_pool_of_processes(make_model):
     model = make_model(num_gem_tokens=2, freeze_base=True)
-    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    pool = model.start_multi_process_pool(["cpu"])
     result = model.encode(TEXTS, pool=pool, chunk_size=len(TEXTS))
     model.stop_multi_process_pool(pool)
     assert (result == model.encode(TEXTS)).all()
