@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import (
@@ -29,6 +27,8 @@ from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from gem_st import GemTransformer
+
+from .forked_python import ForkedPython
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE_8M = ROOT / "examples" / "base-8m"
@@ -155,6 +155,12 @@ def make_model(make_base: Callable[..., Path]) -> Callable[..., SentenceTransfor
     return make
 
 
+def quiet_arguments(folder: str | Path, **options: object) -> SentenceTransformerTrainingArguments:
+    """Arguments of a training on the CPU that reports to nobody and draws no bars."""
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    return SentenceTransformerTrainingArguments(str(folder), **{**quiet, **options})
+
+
 WITHOUT_BITSANDBYTES = "import sys\nsys.modules['bitsandbytes'] = None\n"
 """PEFT imports it where it is installed, which takes seconds; the tests that need it run in this process."""
 
@@ -168,9 +174,17 @@ def _children_start_sooner(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield
 
 
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedPython]:
+    """Runs scripts in processes of their own, which start with the libraries imported, but not gem_st."""
+    running = ForkedPython(tmp_path_factory.mktemp("python"))
+    yield running
+    running.close()
+
+
 @pytest.fixture
-def run_without_gem_st(tmp_path: Path) -> Callable[..., str]:
-    """Function that runs code in a fresh process, and its children, in which importing gem_st fails."""
+def run_without_gem_st(tmp_path: Path, python: ForkedPython) -> Callable[..., str]:
+    """Function that runs code in a process, and its children, in which importing gem_st fails."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(f"{WITHOUT_BITSANDBYTES}sys.modules['gem_st'] = None\n")
@@ -181,9 +195,7 @@ def run_without_gem_st(tmp_path: Path) -> Callable[..., str]:
         script.write_text(f"import sys\n\nif __name__ == '__main__':\n{body}")
         env = env or {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
         env = {**env, "PYTHONPATH": str(site)}
-        done = subprocess.run(
-            [sys.executable, str(script), *map(str, args)], env=env, cwd=tmp_path, capture_output=True, text=True
-        )
+        done = python.run(script, *args, env=env, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -16,12 +15,12 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from transformers import AutoModelForCausalLM
 
 from gem_st import GemLoss, GemTransformer, modeling_gem
 
-from .conftest import CORPUS
+from .conftest import CORPUS, quiet_arguments
 
 TEXTS = ["It rained all day.", "She bought bread at the market.", "", "\U0001f642 a letter"]
 
@@ -94,11 +93,13 @@ def test_versions_that_are_too_old_are_named(saved):
     ],
     ids=["sentence-transformers", "transformers"],
 )
-def test_older_libraries_get_one_clear_line(saved, older):
+def test_older_libraries_get_one_clear_line(saved, python, older):
     _, folder = saved
-    code = f"import sys, torch, transformers\n{older}\nimport gem_st"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    code = f"import sys, torch, transformers\n{older}\nimport gem_st"  # beside the script: the checkpoint's file
+    (folder / "older.py").write_text(code)
+    done = python.run("older.py", env={**os.environ, "HF_HOME": "hf", "HF_HUB_OFFLINE": "1"}, cwd=folder)
     assert done.returncode != 0
+    assert str(folder / "gem_st.py") in done.stderr
     assert "ImportError: GEM needs newer packages: pip install -U 'sentence-transformers>=6.0'" in done.stderr
 
 
@@ -163,7 +164,7 @@ def test_a_pool_of_processes_on_a_strangers_copy(saved, run_without_gem_st, tmp_
     from sentence_transformers import SentenceTransformer
     SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu").save_pretrained(sys.argv[4])
     model = SentenceTransformer(sys.argv[4], trust_remote_code=True, device="cpu")
-    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    pool = model.start_multi_process_pool(["cpu"])
     np.save(sys.argv[2], model.encode(json.loads(sys.argv[3]), pool=pool, chunk_size=4))
     model.stop_multi_process_pool(pool)
     """
@@ -182,18 +183,8 @@ def test_a_pool_of_processes_with_gem_st(saved):
 
 
 def train(model: SentenceTransformer, folder: Path, resume: bool = False, **kwargs) -> SentenceTransformerTrainer:
-    arguments = SentenceTransformerTrainingArguments(
-        str(folder),
-        **{
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "save_steps": 2,
-            "learning_rate": 1e-2,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **kwargs,
-        },
+    arguments = quiet_arguments(
+        folder, **{"max_steps": 4, "per_device_train_batch_size": 4, "save_steps": 2, "learning_rate": 1e-2, **kwargs}
     )
     data = Dataset.from_dict({"text": CORPUS})
     trainer = SentenceTransformerTrainer(

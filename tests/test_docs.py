@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -16,14 +14,20 @@ from .conftest import BASE_8M, CORPUS, ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def run_python(*args: object, cwd: Path) -> str:
-    env = {**os.environ, "HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run_python(python, tmp_path) -> Callable[..., str]:
+    """Function that runs a script in the test's folder and gives what it prints."""
+
+    def run(*args: object) -> str:
+        env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
+        done = python.run(*args, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
 
 
-def test_the_snippet_of_the_readme_runs(make_base, tmp_path):
+def test_the_snippet_of_the_readme_runs(make_base, tmp_path, run_python):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 2
     code = "\n".join(blocks).replace("meta-llama/Llama-3.2-1B", str(make_base()))
@@ -31,16 +35,16 @@ def test_the_snippet_of_the_readme_runs(make_base, tmp_path):
     assert "max_steps=2" in code
     (tmp_path / "wiki.txt").write_text("\n".join(CORPUS))
     (tmp_path / "readme.py").write_text(code)
-    run_python("readme.py", cwd=tmp_path)
+    run_python("readme.py")
     assert (tmp_path / "gem-llama-1b" / "gem_st.py").exists()
 
 
-def test_the_snippets_of_the_frozen_base_run(make_base, tmp_path):
+def test_the_snippets_of_the_frozen_base_run(make_base, tmp_path, run_python):
     text = (ROOT / "docs" / "frozen_base.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 3
     (tmp_path / "snippets.py").write_text("\n".join(blocks).replace("meta-llama/Llama-3.2-1B", str(make_base())))
-    run_python("snippets.py", cwd=tmp_path)
+    run_python("snippets.py")
     assert (tmp_path / "row.safetensors").exists()
 
 
@@ -79,21 +83,20 @@ def test_examples_are_short(name):
     assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 80
 
 
-def test_see_the_mask(tmp_path):
-    output = run_python(ROOT / "examples/see_the_mask.py", "--base", BASE_8M, "--num-gem-tokens", 2, cwd=tmp_path)
+def test_see_the_mask(tmp_path, run_python):
+    output = run_python(ROOT / "examples/see_the_mask.py", "--base", BASE_8M, "--num-gem-tokens", 2)
     lines = [line.split() for line in output.splitlines()]
     assert [line[-1] for line in lines[1:]].count("x") == 1
     assert "GEM 2" in output
 
 
 @pytest.mark.slow
-def test_training_examples_and_encode(tmp_path):
+def test_training_examples_and_encode(tmp_path, run_python):
     examples = ROOT / "examples"
     run_python(
         examples / "train_self_supervised.py",
         *("--base", BASE_8M, "--texts", examples / "data/train.txt", "--output", "self"),
         *("--steps", 2, "--batch-size", 8),
-        cwd=tmp_path,
     )
     run_python(
         examples / "train_supervised.py",
@@ -105,16 +108,15 @@ def test_training_examples_and_encode(tmp_path):
         2,
         "--batch-size",
         8,
-        cwd=tmp_path,
     )
     for model in ("self", "pairs"):
-        assert "How do I keep bread fresh?" in run_python(examples / "encode.py", tmp_path / model, cwd=tmp_path)
-    output = run_python(examples / "rag_one_model.py", tmp_path / "self", "--passages", 8, cwd=tmp_path)
+        assert "How do I keep bread fresh?" in run_python(examples / "encode.py", tmp_path / model)
+    output = run_python(examples / "rag_one_model.py", tmp_path / "self", "--passages", 8)
     assert re.search(r"answering: [\d.]+ times as fast as reading the document again, same answers", output)
 
 
 @pytest.mark.slow
-def test_a_base_from_a_folder_of_text_writes_text_for_itself(tmp_path):
+def test_a_base_from_a_folder_of_text_writes_text_for_itself(tmp_path, run_python):
     (tmp_path / "texts").mkdir()
     passages = (ROOT / "examples/data/passages.jsonl").read_text().splitlines()
     (tmp_path / "texts" / "a.txt").write_text("\n".join(json.loads(line)["text"] for line in passages))
@@ -122,7 +124,6 @@ def test_a_base_from_a_folder_of_text_writes_text_for_itself(tmp_path):
         ROOT / "examples/make_base.py",
         *("--texts", "texts", "--output", "base", "--steps", 2, "--batch-size", 2),
         *("--length", 64, "--vocab-size", 600, "--width", 64, "--layers", 2),
-        cwd=tmp_path,
     )
     from gem_st import GemTransformer
 
@@ -130,14 +131,13 @@ def test_a_base_from_a_folder_of_text_writes_text_for_itself(tmp_path):
     run_python(
         ROOT / "examples/generate_text.py",
         *("--base", BASE_8M, "--num", 3, "--batch-size", 4, "--output", "made.txt"),
-        cwd=tmp_path,
     )
     assert len((tmp_path / "made.txt").read_text().splitlines()) == 3
 
 
 @pytest.mark.slow
-def test_the_demo_runs_to_its_end(tmp_path):
-    output = run_python(ROOT / "examples/demo.py", "--steps", 4, "--batch-size", 8, "--output", "out", cwd=tmp_path)
+def test_the_demo_runs_to_its_end(tmp_path, run_python):
+    output = run_python(ROOT / "examples/demo.py", "--steps", 4, "--batch-size", 8, "--output", "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     base, full, frozen = results["scores"].values()
     assert set(base) == set(full) == set(frozen)

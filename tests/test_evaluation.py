@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from datasets import Dataset
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainer
 
 from gem_st import GemLoss
 from gem_st.evaluation import ReconstructionEvaluator
 
-from .conftest import CORPUS
+from .conftest import CORPUS, quiet_arguments
 
 
 def test_reconstruction_counts_whole_texts_and_character_ngrams(make_model, monkeypatch):
@@ -29,17 +29,14 @@ def test_reconstruction_counts_whole_texts_and_character_ngrams(make_model, monk
 def test_reconstruction_can_be_learned_and_watched(make_model, tmp_path):
     """Eight sentences through eight GEM tokens of a frozen random model: more of them comes back than before."""
     model = make_model(num_gem_tokens=8, freeze_base=True, hidden_size=64, num_hidden_layers=3, lora_rank=64)
-    arguments = SentenceTransformerTrainingArguments(
-        str(tmp_path),
+    arguments = quiet_arguments(
+        tmp_path,
         max_steps=60,
         per_device_train_batch_size=8,
         learning_rate=1e-2,
         eval_strategy="steps",
         eval_steps=30,
         save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
     )
     evaluator = ReconstructionEvaluator([text[:20] for text in CORPUS])
     before = evaluator(model)["chrf"]

@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +37,22 @@ def build(base: Path, *modules: torch.nn.Module, **kwargs) -> SentenceTransforme
     torch.manual_seed(0)
     gem = GemTransformer(str(base), **kwargs)
     return SentenceTransformer(modules=[gem, *modules], prompts={"query": "find: "}, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _verify_starts_sooner(python) -> Iterator[None]:
+    """The process that `verify` starts is forked with the imports done; test_hub.py has it start a new one."""
+
+    def run(command: list[str], cwd: str, env: dict[str, str] | None, **options: object) -> CompletedProcess[str]:
+        assert command[:2] == [sys.executable, "-c"]
+        script = Path(cwd, "check.py")
+        script.write_text(command[2])
+        env = {**(env or os.environ), "HF_HOME": "hf", "HF_HUB_OFFLINE": "1"}
+        return python.run(script, *command[3:], env=env, cwd=Path(cwd))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub, "subprocess", SimpleNamespace(run=run))
+        yield
 
 
 @pytest.fixture(scope="module")

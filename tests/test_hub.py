@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -42,6 +41,11 @@ assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatc
 ids = AutoTokenizer.from_pretrained(sys.argv[1])("It rained", return_tensors="pt")
 print(model.generate(**ids, max_new_tokens=6, do_sample=False)[0].tolist())
 """
+IMPATIENT = """
+import sys, time
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.1))  # between two attempts at a request: it makes as many
+"""
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +56,13 @@ def server() -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def client(server, tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def client(server, python, tmp_path) -> Callable[..., CompletedProcess[str]]:
     """Function that runs code with gem_st against the server; the cache is that of the test."""
 
-    def run(code: str, *args: object, token: str | None = WRITER, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(code: str, *args: object, token: str | None = WRITER, **env: str) -> CompletedProcess[str]:
         script = tmp_path / "client.py"
-        script.write_text("import sys\n" + textwrap.dedent(code))
-        command = [sys.executable, str(script), *map(str, args)]
-        env = {**server.env(tmp_path / "home", token=token), **env}
-        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+        script.write_text(IMPATIENT + textwrap.dedent(code))
+        return python.run(script, *args, env={**server.env(tmp_path / "home", token=token), **env}, cwd=tmp_path)
 
     return run
 
@@ -87,7 +89,7 @@ def build(base: object, seed: int = 0, **kwargs) -> SentenceTransformer:
     return SentenceTransformer(modules=[gem], device="cpu", model_card_data=GemModelCardData())
 
 
-def check(done: subprocess.CompletedProcess[str]) -> str:
+def check(done: CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -354,7 +356,7 @@ def test_an_interrupted_push_leaves_the_last_commit(server, client, stranger, ma
     check(client(cli("push", tmp_path / "model", repo_id)))
     before = server.files(repo_id)
 
-    def push() -> subprocess.CompletedProcess[str]:
+    def push() -> CompletedProcess[str]:
         if way == "cli":
             return client(cli("push", tmp_path / "changed", repo_id, "--exist-ok"))
         return client(PUSH, tmp_path / "changed", repo_id, {"exist_ok": True})

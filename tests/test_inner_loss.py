@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.modules import Dense, Router
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 from gem_st import GemLoss
 from gem_st.losses import info_nce
 
-from .conftest import CORPUS
+from .conftest import CORPUS, quiet_arguments
 
 PAIR, TRIPLET, SINGLE = (CORPUS[:4], CORPUS[4:]), (CORPUS[:3], CORPUS[3:6], CORPUS[5:8]), (CORPUS,)
 
@@ -252,18 +252,9 @@ def test_mini_batches_go_with_other_savings(make_model, tmp_path, options):
 
 
 def make_arguments(tmp_path, **kwargs):
-    return SentenceTransformerTrainingArguments(
+    return quiet_arguments(
         tmp_path,
-        **{
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "report_to": "none",
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            **kwargs,
-        },
+        **{"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 1, **kwargs},
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoModelForCausalLM, set_seed
@@ -18,24 +18,21 @@ from transformers import AutoModelForCausalLM, set_seed
 from gem_st import AlphaSchedule, GemLoss, GemTransformer
 from gem_st.evaluation import perplexity
 
-from .conftest import BASE_8M, ROOT, SHARED
+from .conftest import BASE_8M, ROOT, SHARED, quiet_arguments
 
 DATA = ROOT / "examples" / "data"
 SMALL_MODELS = ["stories260K", "stories3M", "tinystories-instruct-3M-chat"]
 
 
 def train(model: SentenceTransformer, texts: list[str], folder: Path, steps: int, rate: float) -> None:
-    arguments = SentenceTransformerTrainingArguments(
-        str(folder),
+    arguments = quiet_arguments(
+        folder,
         max_steps=steps,
         per_device_train_batch_size=32,
         learning_rate=rate,
         warmup_steps=2,
         lr_scheduler_type="cosine",
         save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
     )
     SentenceTransformerTrainer(
         model=model,

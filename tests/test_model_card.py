@@ -14,12 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerModelCardData,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData, SentenceTransformerTrainer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -30,7 +25,7 @@ from gem_st.evaluation import PerplexityEvaluator
 from gem_st.model_card import CITATION, MODEL_ID, draw_mask
 from gem_st.modeling_gem import gem_segments
 
-from .conftest import CORPUS, ROOT
+from .conftest import CORPUS, ROOT, quiet_arguments
 from .hub_server import HubServer
 
 
@@ -45,16 +40,8 @@ def train(model: SentenceTransformer, folder: Path, **loss) -> list[dict]:
     """Train a little, with evaluations before and after; the metrics before."""
     loss, measures = GemLoss(model, **loss), evaluators()
     before = [evaluator(model) for evaluator in measures]
-    arguments = SentenceTransformerTrainingArguments(
-        str(folder),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        save_steps=3,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
+    arguments = quiet_arguments(
+        folder, max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=3, logging_steps=1
     )
     data = Dataset.from_dict({"sentence": CORPUS})
     SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
@@ -184,9 +171,7 @@ def test_settings_of_a_stock_card_are_kept(make_base):
 
 def test_a_card_by_another_loss_is_written_anew_on_export(make_model, tmp_path):
     model = make_model()
-    arguments = SentenceTransformerTrainingArguments(
-        str(tmp_path / "run"), max_steps=2, report_to="none", use_cpu=True, learning_rate=0.0123
-    )
+    arguments = quiet_arguments(tmp_path / "run", max_steps=2, learning_rate=0.0123)
     data = Dataset.from_dict({"anchor": CORPUS[:4], "positive": CORPUS[4:]})
     loss = MultipleNegativesRankingLoss(model)
     SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
@@ -336,20 +321,22 @@ def test_the_cards_of_the_demo_are_of_this_template(name, make_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_code_block_of_a_recipe_runs(make_base, tmp_path):
+def test_every_code_block_of_a_recipe_runs(make_base, python, tmp_path):
     """The blocks of all recipe cards come from one template; here they run on a small base and a server of our own."""
     name = "gem-qwen3-0.6b"
     text = RECIPES[f"{name}.md"].replace("Qwen/Qwen3-0.6B-Base", str(make_base("qwen3"))).replace(", bf16=True", "")
     text = text.replace("max_steps=1000", "max_steps=2").replace("max_seq_length=512", "max_seq_length=128")
-    python, bash = (re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL) for kind in ("python", "bash"))
+    scripts, bash = (re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL) for kind in ("python", "bash"))
     (tmp_path / "wiki.txt").write_text("\n".join(CORPUS))
-    (tmp_path / "blocks.py").write_text("\n".join(python))
+    (tmp_path / "blocks.py").write_text("\n".join(scripts))
     (tmp_path / "blocks.sh").write_text("\n".join(bash))
     with HubServer({"hf_writer": ("your-name", "write")}) as server:
         env = server.env(tmp_path / "home", token="hf_writer")
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-        for command in ([sys.executable, "blocks.py"], ["bash", "-e", "blocks.sh"]):
-            done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
+        done = python.run("blocks.py", env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        command = ["bash", "-e", "blocks.sh"]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
         assert "gem_reference.json" in server.files("your-name/Qwen3-0.6B-GEM")
     assert (tmp_path / f"{name}-adapter" / "gem_adapter").exists()

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from transformers import BitsAndBytesConfig
 
 from gem_st import GemLoss
 
-from .conftest import CORPUS, ROOT
+from .conftest import CORPUS, ROOT, quiet_arguments
 
 QLORA = pytest.param(
     "qlora", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra qlora")
@@ -43,16 +43,7 @@ def train(base: Path, mode: str, folder: Path, resume: str | None = None) -> Sen
     """Six steps, saved after four, of rows and views that are drawn at random."""
     torch.manual_seed(0 if resume is None else 1)
     model = EXAMPLE.build_model(str(base), mode, 2).to("cpu")
-    arguments = SentenceTransformerTrainingArguments(
-        str(folder),
-        max_steps=6,
-        save_steps=4,
-        per_device_train_batch_size=3,
-        learning_rate=1e-2,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    arguments = quiet_arguments(folder, max_steps=6, save_steps=4, per_device_train_batch_size=3, learning_rate=1e-2)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,

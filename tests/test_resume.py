@@ -14,12 +14,12 @@ import torch
 from datasets import Dataset
 from safetensors import torch as safetensors_torch
 from safetensors.torch import save_file
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from transformers import TrainerCallback, TrainerState
 
 from gem_st import AlphaSchedule, GemLoss, GemTransformer, TwoPhaseLearningRate, last_checkpoint
 
-from .conftest import CORPUS
+from .conftest import CORPUS, quiet_arguments
 
 STEPS, SAVE_STEPS, KILLED_AT = 8, 3, 6
 SPAWN = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -76,16 +76,13 @@ def train(base: str, freeze_base: bool, folder: str, place: str = "") -> None:
     torch.manual_seed(7 if last_checkpoint(folder) else 0)  # of the first run's numbers, a resumed one may use none
     options = {"freeze_base": True, "lora_rank": 4, "lora_kwargs": {"lora_dropout": 0.1}} if freeze_base else {}
     model = SentenceTransformer(modules=[GemTransformer(base, num_gem_tokens=2, **options)], device="cpu")
-    arguments = SentenceTransformerTrainingArguments(
+    arguments = quiet_arguments(
         folder,
         max_steps=STEPS,
         save_steps=SAVE_STEPS,
         per_device_train_batch_size=3,
         gradient_accumulation_steps=1 if freeze_base else 2,
         logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
     )
     trainer = SentenceTransformerTrainer(
         model=model,

@@ -8,29 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import TrainerCallback
 
 from gem_st import AlphaSchedule, GemLoss, TwoPhaseLearningRate
 from gem_st.training import last_checkpoint
 
-from .conftest import CORPUS
+from .conftest import CORPUS, quiet_arguments
 
 
 def make_trainer(model, folder: Path, dataset=None, *, loss=None, callbacks=None, eval_dataset=None, **kwargs):
-    arguments = SentenceTransformerTrainingArguments(
-        str(folder),
-        **{
-            "max_steps": 6,
-            "per_device_train_batch_size": 4,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **kwargs,
-        },
+    arguments = quiet_arguments(
+        folder,
+        **{"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", **kwargs},
     )
     return SentenceTransformerTrainer(
         model=model,
