@@ -471,6 +471,35 @@ def info(path_or_repo: str | Path, *, revision: str | None = None, token: str | 
     }
 
 
+def is_gem(path_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> bool:
+    """True if there is a GEM checkpoint, of other than stock modules.
+
+    Args:
+        path_or_repo: Folder or Hub id.
+        revision: Branch, tag or commit of a repository.
+        token: Hub token.
+
+    Raises:
+        OSError: If it is not there, or cannot be reached.
+    """
+    with translate_hub_errors(str(path_or_repo)):
+        return _fetch(path_or_repo, "gem_st.py", revision, token) is not None
+
+
+def read_card(
+    path_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> ModelCard | None:
+    """Model card of a folder or a repository; None if it has none.
+
+    Args:
+        path_or_repo: Folder or Hub id.
+        revision: Branch, tag or commit of a repository.
+        token: Hub token.
+    """
+    path = _fetch(path_or_repo, "README.md", revision, token)
+    return None if path is None else ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+
+
 def load(
     path_or_repo: str | Path,
     *,
@@ -717,6 +746,13 @@ def translate_hub_errors(name: str) -> Iterator[None]:
             f"The connection to the Hub broke ({type(cause).__name__}). {name} holds what it held, or all of the push. "
             "Try again."
         ) from error
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """True if an error, or what it came from, is that the Hub could not be reached."""
+    if error is None or isinstance(error, (ConnectionError, TRANSPORT_ERROR, LocalEntryNotFoundError)):
+        return error is not None
+    return is_unreachable(error.__cause__ or error.__context__)
 
 
 def _first_line(error: BaseException) -> str:

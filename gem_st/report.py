@@ -147,9 +147,13 @@ def write_paragraph(gem: Any, text: str, num_tokens: int = 8) -> dict[str, str]:
     return {"prompt": prompt, "written": gem.generate(prompt, **PARAGRAPH)}
 
 
-def describe_versions() -> dict[str, str]:
-    """Versions of what a training depends on, and the machine."""
-    packages = ("sentence-transformers", "transformers", "torch", "datasets", "accelerate", "peft")
+def describe_versions(*more: str) -> dict[str, str]:
+    """Versions of what a training or evaluation depends on, and the machine.
+
+    Args:
+        *more: Names of packages beside the usual ones.
+    """
+    packages = ("sentence-transformers", "transformers", "torch", "datasets", "accelerate", "peft", *more)
     return {
         "gem_st": __version__,
         **{name: version(name) for name in packages if find_spec(name.replace("-", "_"))},
