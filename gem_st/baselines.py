@@ -89,6 +89,9 @@ def build_baseline(name: str, base: str, *, max_seq_length: int | None = None, *
         raise ValueError(f"There is no baseline {name!r}. Known are {', '.join(BASELINES)}.")
     kind = EchoTransformer if name == "echo" else Transformer
     backbone = kind(base, modality_config=PLAIN_TEXT, module_output_name="token_embeddings", **kwargs)
+    tokenizer = backbone.tokenizer
+    if tokenizer is not None and tokenizer.pad_token is None:  # most base models have none; what pads is not read
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     longest = [length for length in (max_seq_length, _context(backbone)) if length]
     if longest and name == "echo":
         longest.append(_context(backbone, default=2 * min(longest)) // 2)

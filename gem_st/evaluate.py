@@ -202,10 +202,15 @@ class _Evaluation:
 
     def load_language_model(self, name: str, device: torch.device) -> tuple[PreTrainedModel, Any] | None:
         """A causal language model of transformers, and its tokenizer; None if it is none."""
+        kwargs: dict[str, Any] = {"dtype": self.config.dtype, "token": self.config.token, "output_loading_info": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=self.config.dtype, token=self.config.token)
+            model, found = AutoModelForCausalLM.from_pretrained(name, **kwargs)
         except (ValueError, KeyError) as error:
             self.progress(f"{name} does not load as a causal language model, generation is left out: {error}")
+            return None
+        if found["missing_keys"]:  # an embedder's weights, say, which transformers completes at random
+            missing = ", ".join(sorted(found["missing_keys"])[:3])
+            self.progress(f"{name} is no whole causal language model (no {missing}), generation is left out.")
             return None
         model.to(device)  # type: ignore[arg-type]  # decorated by transformers
         return model.eval(), AutoTokenizer.from_pretrained(name, token=self.config.token)

@@ -33,7 +33,7 @@ class EvalResults:
     Attributes:
         name: The checkpoint.
         embedding: By task: ``main_score``, ``type``, ``metric``, ``baseline`` (the first one's, or None), with
-            its ``difference``, ``baselines``, all of them by name, and mteb's other ``metrics``. Scores are mteb's, most of them in [0, 1].
+            its ``difference``, ``baselines``, all of them by name, and mteb's other ``metrics``.
         generation: By task: ``main_score``, ``type``, ``metric``, ``baseline`` (the base's) with its ``difference``,
             ``base``, and more of :func:`gem_st.generation.evaluate_generation`.
         retention: :class:`gem_st.retention.Retention` as a dict, or None.

@@ -73,7 +73,9 @@ def spearman(model: SentenceTransformer, evaluators: list[EmbeddingSimilarityEva
     return np.array([evaluator(model)[evaluator.primary_metric] for evaluator in evaluators])
 
 
-def train(args: argparse.Namespace, texts: list[str], seed: int) -> tuple[SentenceTransformer, float]:
+def train(args: argparse.Namespace, texts: list[str] | Dataset, seed: int) -> tuple[SentenceTransformer, float]:
+    """Train on texts, or on a data set with other columns."""
+    dataset = texts if isinstance(texts, Dataset) else Dataset.from_dict({"text": texts})
     set_seed(seed)
     gem = GemTransformer(
         args.base,
@@ -114,9 +116,7 @@ def train(args: argparse.Namespace, texts: list[str], seed: int) -> tuple[Senten
             seed=seed,
             disable_tqdm=True,
         )
-        trainer = SentenceTransformerTrainer(
-            model=model, args=arguments, train_dataset=Dataset.from_dict({"text": texts}), loss=loss
-        )
+        trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss)
         start = time.perf_counter()
         trainer.train()
     return model, time.perf_counter() - start
