@@ -89,9 +89,7 @@ def build_baseline(name: str, base: str, *, max_seq_length: int | None = None, *
         raise ValueError(f"There is no baseline {name!r}. Known are {', '.join(BASELINES)}.")
     kind = EchoTransformer if name == "echo" else Transformer
     backbone = kind(base, modality_config=PLAIN_TEXT, module_output_name="token_embeddings", **kwargs)
-    tokenizer = backbone.tokenizer
-    if tokenizer is not None and tokenizer.pad_token is None:  # most base models have none; what pads is not read
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    set_padding_token(backbone.tokenizer)
     longest = [length for length in (max_seq_length, _context(backbone)) if length]
     if longest and name == "echo":
         longest.append(_context(backbone, default=2 * min(longest)) // 2)
@@ -99,6 +97,12 @@ def build_baseline(name: str, base: str, *, max_seq_length: int | None = None, *
         backbone.max_seq_length = min(longest)
     pooling = Pooling(backbone.get_embedding_dimension(), "lasttoken" if name == "lasttoken" else "mean")
     return SentenceTransformer(modules=[backbone, pooling])
+
+
+def set_padding_token(tokenizer: Any) -> None:
+    """Give a tokenizer a token to pad with, if it has none, as most base models'; what pads is not read."""
+    if getattr(tokenizer, "pad_token", "") is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
 
 def _context(backbone: Transformer, default: int = 0) -> int:

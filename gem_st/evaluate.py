@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from . import hub
-from .baselines import BASELINES, build_baseline
+from .baselines import BASELINES, build_baseline, set_padding_token
 from .generation import GenerationTask, evaluate_generation
 from .health import measure_health
 from .modeling_gem import is_local
@@ -162,6 +162,7 @@ class _Evaluation:
             return hub.load(config.checkpoint, **kwargs)
         with hub.translate_hub_errors(config.checkpoint):
             model = SentenceTransformer(config.checkpoint, **kwargs)
+        set_padding_token(model.tokenizer)
         modules = ", ".join(type(module).__name__ for module in model)
         self.progress(
             f"{config.checkpoint} is not a GEM checkpoint: evaluated as Sentence Transformers reads it ({modules})."
@@ -204,16 +205,16 @@ class _Evaluation:
         """A causal language model of transformers, and its tokenizer; None if it is none."""
         kwargs: dict[str, Any] = {"dtype": self.config.dtype, "token": self.config.token, "output_loading_info": True}
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs)
         except (ValueError, KeyError) as error:
             self.progress(f"{name} does not load as a causal language model, generation is left out: {error}")
             return None
+        model, found = loaded
         if found["missing_keys"]:  # an embedder's weights, say, which transformers completes at random
             missing = ", ".join(sorted(found["missing_keys"])[:3])
             self.progress(f"{name} is no whole causal language model (no {missing}), generation is left out.")
             return None
-        model.to(device)  # type: ignore[arg-type]  # decorated by transformers
-        return model.eval(), AutoTokenizer.from_pretrained(name, token=self.config.token)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(name, token=self.config.token)
 
     # Embeddings
 
