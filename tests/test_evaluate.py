@@ -17,8 +17,9 @@ from gem_st.baselines import build_baseline
 from gem_st.cli import app
 from gem_st.evaluate import EvalConfig, evaluate, named_base, same_weights
 from gem_st.scores import EvalResults, insert_section, losses, render_markdown, render_row
+from gem_st.suite import load_suite, read_texts_of
 
-from .conftest import CORPUS
+from .conftest import CORPUS, ROOT
 
 SUITE = """
 tasks:
@@ -93,7 +94,6 @@ def test_scores_are_of_the_models_they_are_named_after(
     make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str
 ) -> None:
     from gem_st.scoring import score_task
-    from gem_st.suite import load_suite
 
     checkpoint = make_checkpoint()
     _, saved, _ = run(checkpoint, suite, make_base(), knowledge=[])
@@ -289,6 +289,12 @@ def test_the_row_is_the_papers(make_base: Callable[..., Path]) -> None:
     assert rows[4] == "| difference | +20.00 | -10.00 | +0.00 | +3.33 | -25.00 |"
     assert losses(results) == {"mean": ["STS"]}
     assert "Lower than mean in STS." in render_row(results)
+
+
+def test_the_suite_of_the_examples_loads() -> None:
+    suite = load_suite(str(ROOT / "examples/suite.yaml"))
+    assert len(suite.tasks[0].dataset["test"]) == 240
+    assert len(read_texts_of(suite, 400)) == 400
 
 
 def test_a_card_without_a_section_gets_one() -> None:

@@ -235,8 +235,8 @@ Baselines: mean pooling, the last token, and Echo (each text read twice) of the 
 Sentence Transformers. GEM: {SETTINGS["steps"]} steps on 10,176 pairs of NLI (a sentence, and one that follows from it),
 batches of {SETTINGS["batch_size"]}, learning rates in the script. Every model reads {MAX_LENGTH} tokens of a text.
 The suite, `benchmarks/quality/leaderboard.yaml`, takes fixed samples of some tasks: scores are not those of the whole
-data sets. Perplexity is of held-out text of the kind that the base was made for, as a multiple of the base's. Spread: half of what
-lies between the highest and the lowest seed. Made by `benchmarks/quality/leaderboard.py` with {{made}}."""
+data sets. Perplexity is of held-out text of the kind that the base was made for, as a multiple of the base's. Spread:
+half of what lies between the highest and the lowest seed. Made by `benchmarks/quality/leaderboard.py` with {{made}}."""
 
 
 def main() -> None:
