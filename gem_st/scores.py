@@ -214,14 +214,32 @@ def _render_generation(results: EvalResults) -> str:
     tasks = (results.retention or {}).get("tasks", {})
     for task, entry in results.generation.items():
         interval = tasks.get(task) or {}
-        bounds = f"{100 * interval['low']:+.2f} to {100 * interval['high']:+.2f}" if "low" in interval else ""
+        bounds = _format_interval(interval)
         cut = f"{100 * entry['truncated']:.0f} %" if entry.get("truncated") is not None else ""
         cells = (_format_score(entry, entry.get(key)) for key in ("baseline", "main_score"))
         rows.append(
             [task, f"`{entry.get('metric')}`", *cells, _format_score(entry, entry.get("difference"), "+"), bounds, cut]
         )
     header = ["task", "metric", "base", results.name, "difference", "95 % CI", "prompts cut"]
-    return "## Generation\n\n" + _table(header, rows)
+    subjects = "".join(_render_subjects(task, entry.get("subjects") or {}) for task, entry in tasks.items())
+    return "## Generation\n\n" + _table(header, rows) + subjects
+
+
+def _render_subjects(task: str, subjects: Mapping[str, Mapping[str, Any]]) -> str:
+    """Differences by subject, in a fold."""
+    rows = []
+    for subject, entry in subjects.items():
+        scores = (f"{100 * entry[key]:.1f}" for key in ("base", "score"))
+        cells = (f"{100 * entry['difference']:+.1f}", _format_interval(entry), entry["verdict"])
+        rows.append([subject, entry["num_samples"], *scores, *cells])
+    header = ["subject", "questions", "base", "checkpoint", "difference", "95 % CI", ""]
+    table = _table(header, rows)
+    return f"\n<details><summary>{task} by subject</summary>\n\n{table}\n</details>\n" if rows else ""
+
+
+def _format_interval(entry: Mapping[str, Any]) -> str:
+    """Confidence interval of a difference, in points; nothing where there is none."""
+    return "" if entry.get("low") is None else f"{100 * entry['low']:+.2f} to {100 * entry['high']:+.2f}"
 
 
 def _render_health(health: Mapping[str, Any]) -> str:
@@ -235,15 +253,20 @@ def _render_config(config: Mapping[str, Any]) -> str:
         return ""
     versions = ", ".join(f"{name} {value}" for name, value in config.get("versions", {}).items())
     parts = {
-        "suite": config.get("suite"),
+        "suite": Path(config.get("suite", "")).name,  # no folders of this machine in a card
         "limit": config.get("limit"),
-        "baseline": config.get("baseline"),
+        "baseline": short_name(config.get("baseline")),
         "tokens read of a text": config.get("max_seq_length"),
         "prompts": config.get("prompts") or None,
         "dtype": config.get("dtype"),
     }
     settings = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
     return f"{settings}; {versions}.\n"
+
+
+def short_name(name: str | None) -> str | None:
+    """A Hub id as it is, of a folder its last part."""
+    return name if name is None or not Path(name).exists() else Path(name).resolve().name
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
