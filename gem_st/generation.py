@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import csv
 import functools
 import gc
 import importlib.util
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation import perplexity
 from .modeling_gem import cache_of, tensors_of
+from .rows import read_lines, read_rows
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,27 +67,6 @@ class GenerationTask:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Local files
-
-
-def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            yield reader.line_num, row
-
-
-def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}). Expected one object a line.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, not {line.strip()[:40]!r}.")
-            yield number, row
 
 
 def _require(is_good: bool, column: str, value: object, expected: str) -> None:
@@ -147,9 +125,8 @@ def _read(path: Path, columns: Sequence[str], make: Callable[[dict[str, Any]], d
     Raises:
         ValueError: If it is missing, empty, lacks a column or has a bad value, with the file and the line.
     """
-    _require_file(path)
     documents = []
-    for number, row in _rows_of_csv(path) if path.suffix == ".csv" else _rows_of_jsonl(path):
+    for number, row in read_rows(path):
         if missing := [column for column in columns if column not in row]:
             found = ", ".join(str(name) for name in row if name is not None)
             raise ValueError(f"{path}, line {number}: no column {', '.join(missing)}. Expected {', '.join(columns)}, "
@@ -161,25 +138,6 @@ def _read(path: Path, columns: Sequence[str], make: Callable[[dict[str, Any]], d
     if not documents:
         raise ValueError(f"{path} has no rows. Expected the columns {', '.join(columns)}.")
     return documents
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file.")
-
-
-def _read_texts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    _require_file(path)
-    with path.open(encoding="utf-8") as file:
-        texts = [line.strip() for line in file if line.strip()]
-    if not texts:
-        raise ValueError(f"{path} is empty. Expected one text a line.")
-    return texts
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -295,7 +253,7 @@ def check_task(task: GenerationTask) -> None:
         if task.dev is not None:
             raise ValueError(f"{task.name}: dev is given, but data is not. Give both files, or neither.")
     elif task.type == "perplexity":
-        _read_texts(task.data)
+        read_lines(task.data)
     else:
         _read_documents(task)
 
@@ -745,7 +703,7 @@ def _measure_perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: GenerationTask, limit: int | None, batch_size: int
 ) -> dict[str, Any]:
     assert task.data is not None  # for the type checker
-    texts = _read_texts(task.data)[:limit]
+    texts = read_lines(task.data)[:limit]
     max_length = min(PERPLEXITY_TOKENS, _context_length(model) or PERPLEXITY_TOKENS)
     value = perplexity(model, tokenizer, texts, max_length=max_length, batch_size=batch_size)
     rows = tokenizer(texts)["input_ids"]

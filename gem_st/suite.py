@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +14,7 @@ from typing import Any, cast
 import yaml
 
 from .generation import GenerationTask, check_task
+from .rows import read_lines, read_rows
 
 PAPER_TASKS = (
     *("ArguAna", "ClimateFEVER", "NFCorpus", "SciFact", "StackOverflowDupQuestions", "SciDocsRR"),
@@ -197,7 +196,7 @@ class LocalFiles:
 
     def read(self, path: Path) -> dict[str, list[Any]]:
         """Columns of a csv, tsv or jsonl file by the names that the task knows them by; of the rows that are kept."""
-        rows = read_rows(path, self.name)
+        rows = _list_rows(path, self.name)
         self.digest.update(path.read_bytes())
         names = {column: self.columns.get(column, column) for column in COLUMNS[self.kind]}
         if missing := [name for name in names.values() if name not in rows[0]]:
@@ -260,39 +259,12 @@ def _parse(column: str, kind: str, value: Any, where: str) -> Any:
     return value
 
 
-def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
-    """Rows of a csv, tsv or jsonl file; values of csv and tsv are text.
-
-    Args:
-        path: The file.
-        name: Of the task, for errors.
-
-    Raises:
-        ValueError: If it cannot be read, or has no rows.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".jsonl":
-                rows = [_parse_json(line, path, number) for number, line in enumerate(file, 1) if line.strip()]
-            elif path.suffix in (".csv", ".tsv"):
-                rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-            else:
-                raise ValueError(f"{path} of task {name!r} is of no kind that can be read: .csv, .tsv or .jsonl.")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} of task {name!r} cannot be read: {error}") from error
+def _list_rows(path: Path, name: str) -> list[dict[str, Any]]:
+    """Rows of a file of a task, one at least."""
+    rows = [row for _, row in read_rows(path)]
     if not rows:
         raise ValueError(f"{path} of task {name!r} has no rows.")
     return rows
-
-
-def _parse_json(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number}, must be a JSON object, got {line[:60]!r}.")
-    return row
 
 
 def _make_sts(files: LocalFiles, data: Path) -> Any:
@@ -370,7 +342,7 @@ def _make_retrieval(files: LocalFiles, data: Path) -> Any:
 def _read_texts(files: LocalFiles, path: Path) -> dict[str, dict[str, str]]:
     """Documents or queries in BEIR's layout, by id."""
     texts: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(read_rows(path, files.name), start=1):
+    for number, row in enumerate(_list_rows(path, files.name), start=1):
         key, text = row.get("_id", row.get("id")), row.get("text")
         if key is None or not isinstance(text, str):
             raise ValueError(f"{path} of task {files.name!r}: row {number} needs _id and text, but has {list(row)}.")
@@ -390,7 +362,7 @@ def _read_judgements(
         raise ValueError(f"{data} of task {files.name!r} holds neither qrels.tsv nor qrels/test.tsv.")
     path, columns = found[0], ("query-id", "corpus-id", "score")
     judged: dict[str, dict[str, int]] = {key: {} for key in queries}
-    for number, row in enumerate(read_rows(path, files.name), start=1):
+    for number, row in enumerate(_list_rows(path, files.name), start=1):
         if not set(columns) <= set(row):
             raise ValueError(f"{path} of task {files.name!r} must have the columns {columns}, but has {list(row)}.")
         query, document, score = (row[column] for column in columns)
@@ -434,8 +406,7 @@ def read_texts_of(suite: Suite, num_texts: int) -> list[str]:
     """
     for task in suite.knowledge:
         if task.type == "perplexity" and task.data is not None:
-            lines = (line.strip() for line in task.data.read_text(encoding="utf-8").splitlines())
-            return list(itertools.islice(filter(None, lines), num_texts))
+            return read_lines(task.data)[:num_texts]
     for task in suite.tasks:
         task.load_data()
     in_turn = itertools.zip_longest(*(_texts_in(task.dataset) for task in suite.tasks))

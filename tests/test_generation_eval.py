@@ -437,7 +437,7 @@ def test_bad_files_are_named_with_the_line_and_what_was_expected(tmp_path, kind,
         ({"type": "mmlu", "dev": Path("dev.csv")}, "dev is given, but data is not"),
         ({"type": "perplexity"}, "perplexity needs data, a text file"),
         ({"type": "perplexity", "num_fewshot": 1}, "perplexity takes neither dev nor num_fewshot"),
-        ({"type": "arc_easy", "data": Path("nowhere.jsonl")}, "nowhere.jsonl is not a file"),
+        ({"type": "arc_easy", "data": Path("nowhere.jsonl")}, "nowhere.jsonl cannot be read"),
     ],
 )
 def test_bad_tasks_are_refused_before_a_model_is_loaded(options, message):

@@ -237,10 +237,10 @@ BAD_ENTRIES = {
     "unknown setting": ("{name: X, type: STS, data: sts.csv, split: dev}", r"not known: \['split'\]"),
     "unknown column": ("{name: X, type: STS, data: sts.csv, columns: {first: a}}", r"names columns \['first'\]"),
     "missing column": ("{name: X, type: STS, data: sts.csv}", r"no column 'sentence1', but \['a', 'b', 'grade'\]"),
-    "missing file": ("{name: X, type: STS, data: none.csv}", "none.csv of task 'X' cannot be read"),
+    "missing file": ("{name: X, type: STS, data: none.csv}", "none.csv cannot be read"),
     "unknown kind of file": ("{name: X, type: STS, data: lines.txt}", "no kind that can be read"),
     "bad limit": ("{name: X, type: Clustering, data: test.csv, limit: 0}", "limit of task 'X'"),
-    "no corpus": ("{name: X, type: Retrieval, data: .}", "corpus.jsonl of task 'X' cannot be read"),
+    "no corpus": ("{name: X, type: Retrieval, data: .}", "corpus.jsonl cannot be read"),
 }
 
 
