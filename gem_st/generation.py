@@ -25,7 +25,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation import perplexity
-from .modeling_gem import cache_of, tensors_of
 from .rows import read_lines, read_rows
 
 logger = logging.getLogger(__name__)
@@ -35,8 +34,6 @@ TaskType = Literal["mmlu", "arc_easy", "hellaswag", "lambada", "perplexity"]
 LETTERS = ["A", "B", "C", "D"]
 PERPLEXITY_TOKENS = 256
 """Tokens read of each text by the perplexity task, or the model's context where that is shorter."""
-SHARED_TOKENS = 32
-"""Tokens that prompts must start with alike to be worth reading once."""
 
 
 @dataclass(frozen=True)
@@ -377,47 +374,18 @@ def _quiet() -> Iterator[None]:
 @functools.cache
 def _lm_class() -> type:
     from lm_eval.models.huggingface import HFLM
-    from tqdm import tqdm
 
-    class SharingHFLM(HFLM):
-        """lm-eval's model, which reads examples that many prompts start with once, and counts prompts it has to cut.
+    class CountingHFLM(HFLM):
+        """lm-eval's model, which counts the prompts that it has to cut."""
 
-        Args:
-            share: Look for such examples.
-            kwargs: lm-eval's.
-        """
-
-        def __init__(self, *, share: bool, **kwargs: Any) -> None:
+        def __init__(self, **kwargs: Any) -> None:
             super().__init__(**kwargs)
-            # A model with a state, such as Mamba, cannot hand out what it has read as keys and values.
-            self._share = share and not getattr(self.model, "_is_stateful", False)
-            self._examples: _Examples | None = None
             self.num_prompts = self.num_truncated = 0
 
-        def _loglikelihood_tokens(
-            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> list[Any]:
-            is_cut = [self._is_cut(request) for request in requests]
+        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
             self.num_prompts += len(requests)
-            self.num_truncated += sum(is_cut)
-            groups = _group_by_examples(requests, is_cut) if self._share else []
-            rest = sorted(set(range(len(requests))).difference(*(group.indices for group in groups)))
-            answers: dict[int, Any] = {}
-            with tqdm(total=len(requests), desc="Answering", disable=disable_tqdm or not groups) as bar:
-                for group in groups:
-                    self._examples = _Examples.read(self.model, requests[group.indices[0]][1][: group.length])
-                    part = [requests[i] for i in group.indices]
-                    answers.update(zip(group.indices, super()._loglikelihood_tokens(part, True), strict=True))
-                    self._examples = None
-                    bar.update(len(part))
-                if rest:
-                    part = [requests[i] for i in rest]
-                    hides = disable_tqdm or bool(groups)
-                    answers.update(
-                        zip(rest, super()._loglikelihood_tokens(part, hides, override_bs=override_bs), strict=True)
-                    )
-                    bar.update(len(part))
-            return [answers[i] for i in range(len(requests))]
+            self.num_truncated += sum(map(self._is_cut, requests))
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         def _is_cut(self, request: tuple[Any, list[int], list[int]]) -> bool:
             texts, context, answer = request
@@ -428,77 +396,11 @@ def _lm_class() -> type:
                 )
             return len(context) + len(answer) > self.max_length + 1
 
-        def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            """Logits of every token after the examples; lm-eval counts from the end. Shape: ``(B, T, V)``"""
-            if self._examples is None:
-                return super()._model_call(inps, *args, **kwargs)
-            return self._examples.continue_with(self.model, inps)
-
-    return SharingHFLM
+    return CountingHFLM
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Prompts that start with the same tokens: where they stand, and how many tokens."""
-
-    indices: list[int]
-    length: int
-
-
-def _group_by_examples(requests: Sequence[tuple[Any, list[int], list[int]]], is_cut: Sequence[bool]) -> list[_Group]:
-    """Find runs of prompts that start with the same :data:`SHARED_TOKENS` or more, of at least two questions.
-
-    Args:
-        requests: Texts, tokens of the prompt and tokens of the answer.
-        is_cut: True for prompts that do not fit; they are left out, because they lose their start.
-
-    Returns:
-        The groups. At least one token of each prompt is not shared: it predicts the answer.
-    """
-    groups: list[_Group] = []
-    for index in (i for i in range(len(requests)) if not is_cut[i]):
-        prompt = requests[index][1]
-        length = _count_shared(prompt, requests[groups[-1].indices[0]][1][: groups[-1].length]) if groups else 0
-        if length >= SHARED_TOKENS:
-            groups[-1] = _Group([*groups[-1].indices, index], min(length, len(prompt) - 1))
-        else:
-            groups.append(_Group([index], len(prompt) - 1))
-    return [group for group in groups if len({tuple(requests[i][1]) for i in group.indices}) > 1]
-
-
-def _count_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that two rows start with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-@dataclass(frozen=True)
-class _Examples:
-    """Keys and values of tokens that many prompts start with."""
-
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    length: int
-
-    @classmethod
-    @torch.no_grad()
-    def read(cls, model: PreTrainedModel, tokens: Sequence[int]) -> _Examples:
-        """Run the model over them once."""
-        past = cache_of([])  # one that keeps every token, in layers with a sliding window, too
-        model(torch.tensor([tokens], device=model.device), past_key_values=past, use_cache=True)
-        return cls(tensors_of(past), len(tokens))
-
-    @torch.no_grad()
-    def continue_with(self, model: PreTrainedModel, prompts: torch.Tensor) -> torch.Tensor:
-        """Run the model over what comes after them. Shapes: ``(B, T)`` -> ``(B, T - length, V)``"""
-        layers = [[tensor.expand(len(prompts), -1, -1, -1) for tensor in layer] for layer in self.layers]
-        return model(prompts[:, self.length :], past_key_values=cache_of(layers), use_cache=True).logits
-
-
-def _make_lm(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, share: bool = False
-) -> Any:
+def _make_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
     return _lm_class()(
-        share=share,
         pretrained=model,
         backend="causal",
         tokenizer=copy.deepcopy(tokenizer),  # it gives it a padding token
@@ -646,7 +548,7 @@ def _run(
 ) -> dict[str, Any]:
     from lm_eval import evaluate
 
-    lm = _make_lm(model, tokenizer, batch_size, share=task.shots > 0)
+    lm = _make_lm(model, tokenizer, batch_size)
     output = evaluate(lm, tasks, limit=limit, bootstrap_iters=0)
     samples = {name: output["samples"][name] for name in tasks}
     num_samples = sum(map(len, samples.values()))
