@@ -207,6 +207,9 @@ def evaluate(
         )
         results = run(config, progress=partial(typer.echo, err=True))
     _print(results.to_dict(), as_json, f"{render_row(results)}\nAll results: {config.folder}")
+    if results.errors:
+        typer.secho("Some tasks failed; the same command tries them again.", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1)
 
 
 @app.command()

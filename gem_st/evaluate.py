@@ -105,7 +105,7 @@ def evaluate(config: EvalConfig, *, progress: Callable[[str], None] = logger.inf
         progress: Called with a line about each task.
 
     Returns:
-        The results.
+        The results; tasks that failed are in its ``errors``, and all others have run.
 
     Raises:
         ValueError: If suite, files, checkpoint or base cannot be used; before anything is computed where that is known.
@@ -122,7 +122,6 @@ class _Evaluation:
         self.config, self.suite, self.progress = config, suite, progress
         self.folder = config.folder
         self.results = EvalResults(name=config.name)
-        self.failures: list[str] = []
 
     def run(self) -> EvalResults:
         """Evaluate, from the checkpoint to the picture."""
@@ -131,10 +130,11 @@ class _Evaluation:
         base = self.find_base(gem)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.results.config = self.describe(model, gem, base)
-        self.score_embedder(model, self.config.name, None)
+        self.score_embedder(model, self.config.name, None, self.results.config["fingerprint"])
         if base is not None and self.suite.tasks:
             for name in self.config.compare:
-                self.score_embedder(self.load_baseline(name, base, model), f"{base} ({name})", name)
+                baseline = self.load_baseline(name, base, model)
+                self.score_embedder(baseline, f"{base} ({name})", name, fingerprint(baseline))
         if self.config.health:
             self.progress("health of the vectors")
             self.results.health = measure_health(model, self.texts()).to_dict()
@@ -144,11 +144,6 @@ class _Evaluation:
         self.save()
         draw_bars(self.results, self.folder / "results.png")
         self.write_card(gem)
-        if self.failures:
-            raise ValueError(
-                f"{len(self.failures)} of the tasks failed: {'; '.join(self.failures)}. All others are in "
-                f"{self.folder}, from where the same command goes on."
-            )
         return self.results
 
     # Models
@@ -218,9 +213,8 @@ class _Evaluation:
 
     # Embeddings
 
-    def score_embedder(self, model: SentenceTransformer, title: str, baseline: str | None) -> None:
+    def score_embedder(self, model: SentenceTransformer, title: str, baseline: str | None, revision: str) -> None:
         """Score a model on all tasks of the suite."""
-        revision = fingerprint(model)
         for number, task in enumerate(self.suite.tasks, start=1):
             name = task.metadata.name
             try:
@@ -250,8 +244,9 @@ class _Evaluation:
         if hub.is_unreachable(error):
             raise OSError(f"The data of {name} is on the Hub, which cannot be reached. {LOCAL_ADVICE}") from error
         logger.warning(f"{name} failed", exc_info=error)
-        self.progress(f"{name} failed: {error}")
-        self.failures.append(f"{name} ({type(error).__name__}: {error})")
+        self.results.errors[name] = f"{type(error).__name__}: {error}"
+        self.progress(f"{name} failed: {self.results.errors[name]}")
+        self.save()
 
     # Generation
 
@@ -331,7 +326,7 @@ class _Evaluation:
     def write_card(self, gem: Any) -> None:
         """Put the results into the model card of a checkpoint that is a folder."""
         folder = Path(self.config.checkpoint)
-        if gem is None or not self.config.card or self.failures:
+        if gem is None or not self.config.card or self.results.errors:
             return
         if not folder.is_dir():
             self.progress(f"The card of a repository is not touched; {self.folder / 'results.md'} holds its section.")

@@ -39,6 +39,7 @@ class EvalResults:
         retention: :class:`gem_st.retention.Retention` as a dict, or None.
         health: :class:`gem_st.health.Health` as a dict, or None.
         config: What was evaluated, how, with which versions.
+        errors: What went wrong in tasks that have no result, by task.
     """
 
     name: str
@@ -47,6 +48,7 @@ class EvalResults:
     retention: dict[str, Any] | None = None
     health: dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
 
     def add_embedding(self, task: str, score: Mapping[str, Any], baseline: str | None) -> None:
         """Take the score of an embedding task.
@@ -122,6 +124,7 @@ class EvalResults:
             "groups": groups,
             "retention": self.retention,
             "health": self.health,
+            "errors": self.errors,
             "config": self.config,
         }
 
@@ -170,6 +173,7 @@ def render_row(results: EvalResults) -> str:
     notes = [f"Lower than {name} in {', '.join(lost)}." for name, lost in losses(results).items()]
     if results.retention:
         notes.append(results.retention["sentence"])
+    notes += [f"{task} failed: {error}" for task, error in results.errors.items()]
     return _table(header, lines) + "".join(f"\n{note}\n" for note in notes)
 
 

@@ -177,9 +177,9 @@ def test_one_task_that_fails_loses_none(
 
     monkeypatch.setattr(evaluate_module, "score_task", fail)
     checkpoint = make_checkpoint()
-    with pytest.raises(ValueError, match=r"1 of the tasks failed: Graded \(RuntimeError: broken on purpose\)"):
-        run(checkpoint, suite, make_base(), compare=[])
-    saved = json.loads((Path(suite).parent / "out" / "results.json").read_text())
+    results, saved, _ = run(checkpoint, suite, make_base(), compare=[])
+    assert results.errors == saved["errors"] == {"Graded": "RuntimeError: broken on purpose"}
+    assert "Graded failed: RuntimeError: broken on purpose" in render_row(results)
     assert saved["embedding"].keys() == {"Groups"}
     assert saved["generation"].keys() == {"Trivia", "lines"}
     assert "gem-st eval" not in (Path(checkpoint) / "README.md").read_text()
