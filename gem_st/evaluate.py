@@ -28,7 +28,7 @@ from .modeling_gem import is_local
 from .report import describe_versions, write_json
 from .retention import compare_generators
 from .scores import EvalResults, draw_bars, render_markdown, update_card
-from .scoring import fingerprint, score_task, update_digest
+from .scoring import describe_settings, describe_tokenizer, fingerprint, score_task, update_digest, update_settings
 from .suite import LOCAL_ADVICE, Suite, load_suite, read_texts_of
 
 logger = logging.get_logger(__name__)
@@ -280,7 +280,7 @@ class _Evaluation:
 
     def answer(self, title: str, model: PreTrainedModel, tokenizer: Any, *, is_base: bool) -> None:
         """Put a language model through the generation tasks of the suite."""
-        digest = digest_weights(model)
+        digest = digest_generator(model, tokenizer)
         for number, task in enumerate(self.suite.knowledge, start=1):
             path = self.folder / "lm-eval" / digest / f"{_digest_task(task, self.config.limit)}.json"
             try:
@@ -372,9 +372,10 @@ _NAMES = ("_name_or_path", "transformers_version", "architectures", "torch_dtype
 """Settings of a configuration that change nothing that is computed."""
 
 
-def digest_weights(model: PreTrainedModel) -> str:
-    """Short digest of a language model's weights and settings, which name the folder of its answers."""
-    digest = hashlib.sha256(repr(sorted((k, str(v)) for k, v in model.config.to_dict().items())).encode())
+def digest_generator(model: PreTrainedModel, tokenizer: Any) -> str:
+    """Short digest of a language model's weights, settings and tokenizer, which names the folder of its answers."""
+    digest = hashlib.sha256()
+    update_settings(digest, [describe_settings(model), describe_tokenizer(tokenizer)])
     update_digest(digest, model.state_dict())
     return digest.hexdigest()[:16]
 
