@@ -123,12 +123,19 @@ class _Evaluation:
         self.folder = config.folder
         self.results = EvalResults(name=config.name)
         self.failures: list[str] = []
+        self.dtype: Any = config.dtype
+        self.base_revision: str | None = None
 
     def run(self) -> EvalResults:
         """Evaluate, from the checkpoint to the picture."""
         model = self.load_checkpoint()
-        gem = model[0] if hasattr(model[0], "gem_token_ids") else None
+        gem: Any = model[0] if hasattr(model[0], "gem_token_ids") else None
         base = self.find_base(gem)
+        if self.dtype == "auto":  # the base is compared in the checkpoint's
+            weights = (model if gem is None else gem.model).parameters()
+            self.dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), "auto")
+        if gem is not None and base == gem.base_model_name_or_path:
+            self.base_revision = gem.base_model_revision
         self.folder.mkdir(parents=True, exist_ok=True)
         self.results.config = self.describe(model, gem, base)
         self.score_embedder(model, self.config.name, None)
@@ -189,23 +196,34 @@ class _Evaluation:
         length = model.max_seq_length
         if length is not None:
             length -= getattr(model[0], "num_gem_tokens", 0)
-        model_kwargs = {"dtype": self.config.dtype, **({"token": self.config.token} if self.config.token else {})}
+        hub_kwargs = {name: value for name, value in self.hub_kwargs(self.base_revision).items() if value}
+        kwargs = {"model_kwargs": {"dtype": self.dtype, **hub_kwargs}}
+        kwargs |= {"processor_kwargs": hub_kwargs, "config_kwargs": hub_kwargs}
         with hub.translate_hub_errors(base):
-            baseline = build_baseline(name, base, max_seq_length=length, model_kwargs=model_kwargs)
-        baseline.prompts = dict(model.prompts)
+            baseline = build_baseline(name, base, max_seq_length=length, **kwargs)
+        baseline.prompts, baseline.default_prompt_name = dict(model.prompts), model.default_prompt_name
         return baseline.to(model.device)
 
     def load_generator(self, model: SentenceTransformer, gem: Any) -> tuple[PreTrainedModel, Any] | None:
         """The checkpoint as a language model, and its tokenizer; None if it is no language model."""
         if gem is not None:
             return gem.model, gem.tokenizer
-        return self.load_language_model(self.config.checkpoint, model.device)
+        return self.load_language_model(self.config.checkpoint, self.config.revision, model.device)
 
-    def load_language_model(self, name: str, device: torch.device) -> tuple[PreTrainedModel, Any] | None:
+    def hub_kwargs(self, revision: str | None) -> dict[str, Any]:
+        """How something is read from the Hub."""
+        config = self.config
+        return {"revision": revision, "token": config.token, "trust_remote_code": config.trust_remote_code}
+
+    def load_language_model(
+        self, name: str, revision: str | None, device: torch.device
+    ) -> tuple[PreTrainedModel, Any] | None:
         """A causal language model of transformers, and its tokenizer; None if it is none."""
-        kwargs: dict[str, Any] = {"dtype": self.config.dtype, "token": self.config.token, "output_loading_info": True}
+        kwargs = self.hub_kwargs(revision)
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=self.dtype, output_loading_info=True, **kwargs
+            )
         except (ValueError, KeyError) as error:
             self.progress(f"{name} does not load as a causal language model, generation is left out: {error}")
             return None
@@ -214,7 +232,7 @@ class _Evaluation:
             missing = ", ".join(sorted(found["missing_keys"])[:3])
             self.progress(f"{name} is no whole causal language model (no {missing}), generation is left out.")
             return None
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(name, token=self.config.token)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(name, **kwargs)
 
     # Embeddings
 
@@ -261,7 +279,7 @@ class _Evaluation:
         if generator is None:
             return
         self.answer(self.config.name, *generator, is_base=False)
-        loaded = self.load_language_model(base, model.device) if base else None
+        loaded = self.load_language_model(base, self.base_revision, model.device) if base else None
         if loaded is None:
             return
         if same_weights(generator[0], loaded[0]):

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import gem_st.evaluate as evaluate_module
 from gem_st.baselines import build_baseline
 from gem_st.cli import app
 from gem_st.evaluate import EvalConfig, evaluate, named_base, same_weights
+from gem_st.modeling_gem import GemTransformer
 from gem_st.scores import EvalResults, insert_section, losses, render_markdown, render_row
+from gem_st.scoring import score_task
+from gem_st.suite import load_suite
 
 from .conftest import CORPUS
 
@@ -92,9 +97,6 @@ def test_a_frozen_base_loses_nothing(
 def test_scores_are_of_the_models_they_are_named_after(
     make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str
 ) -> None:
-    from gem_st.scoring import score_task
-    from gem_st.suite import load_suite
-
     checkpoint = make_checkpoint()
     _, saved, _ = run(checkpoint, suite, make_base(), knowledge=[])
     task = load_suite(suite).tasks[0]
@@ -220,6 +222,53 @@ def test_which_base_is_meant(make_checkpoint: Callable[..., str], make_base: Cal
     assert named_base(models[1][0], EvalConfig(full)) == "org/base"
     with pytest.raises(ValueError, match=r"'/nowhere/base', which is not on this machine\. Give it as --baseline"):
         run(full, suite, "/nowhere/base")
+
+
+def test_the_base_is_read_as_the_checkpoint_was(
+    make_model: Callable[..., Any], make_base: Callable[..., Path], suite: str, tmp_path: Path
+) -> None:
+    rounded = str(make_base())
+    base = AutoModelForCausalLM.from_pretrained(rounded, dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base16")
+    AutoTokenizer.from_pretrained(rounded).save_pretrained(tmp_path / "base16")
+    gem = GemTransformer(str(tmp_path / "base16"), model_kwargs={"dtype": torch.float32})
+    prompts = {"about": "It is about this: "}
+    model = SentenceTransformer(modules=[gem], prompts=prompts, default_prompt_name="about")
+    model.save_pretrained(str(tmp_path / "full"))
+    _, saved, _ = run(str(tmp_path / "full"), suite, tmp_path / "base16", compare=["mean"])
+    assert saved["retention"]["identical"] is True
+    task = load_suite(suite).tasks[0]
+    baseline = build_baseline("mean", str(tmp_path / "base16"), model_kwargs={"dtype": torch.float32})
+    plain = score_task(baseline, task, name="a", revision="")["main_score"]
+    baseline.prompts, baseline.default_prompt_name = prompts, "about"
+    score = score_task(baseline, task, name="a", revision="")["main_score"]
+    assert saved["embedding"]["Graded"]["baseline"] == score != plain
+
+
+def test_revisions_are_those_of_the_checkpoint_and_of_its_base(
+    make_model: Callable[..., Any],
+    make_base: Callable[..., Path],
+    suite: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[tuple[str, Any]] = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def note(name: str, **kwargs: Any) -> Any:
+        read.append((name, kwargs.get("revision")))
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(evaluate_module.AutoModelForCausalLM, "from_pretrained", note)
+    base = str(make_base())
+    run(base, suite, base, compare=["mean"], knowledge=["Trivia"], revision="v2")
+    assert read == [(base, "v2"), (base, None)]
+    model = make_model(num_gem_tokens=2, freeze_base=True)
+    model[0].save_base, model[0].base_model_revision = False, "abc"
+    model.save_pretrained(str(tmp_path / "adapter"))
+    read.clear()
+    run(str(tmp_path / "adapter"), suite, model[0].base_model_name_or_path, compare=["mean"], knowledge=["Trivia"])
+    assert read[-1] == (model[0].base_model_name_or_path, "abc")
 
 
 def test_the_card_has_one_section(
