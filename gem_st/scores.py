@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
+
 GROUPS = {
     "Clustering": "Clust",
     "Reranking": "Rerank",
@@ -23,6 +25,8 @@ GROUPS = {
 """Task types of mteb, in the order of the paper's table (arXiv 2506.04344), and their names there."""
 
 START, END = "<!-- gem-st eval: start -->", "<!-- gem-st eval: end -->"
+DATASETS = "gem-st-eval/"
+"""Data sets of this evaluation, in the metadata of a card, start with it."""
 PERPLEXITIES = ("perplexity", "word_perplexity", "token_perplexity")
 
 
@@ -235,15 +239,20 @@ def _render_config(config: Mapping[str, Any]) -> str:
         return ""
     versions = ", ".join(f"{name} {value}" for name, value in config.get("versions", {}).items())
     parts = {
-        "suite": config.get("suite"),
+        "suite": _name_of(config.get("suite")),
         "limit": config.get("limit"),
-        "baseline": config.get("baseline"),
+        "baseline": _name_of(config.get("baseline")),
         "tokens read of a text": config.get("max_seq_length"),
         "prompts": config.get("prompts") or None,
         "dtype": config.get("dtype"),
     }
     settings = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
     return f"{settings}; {versions}.\n"
+
+
+def _name_of(place: str | None) -> str | None:
+    """A file or folder without where it lies on this machine, which is nobody's business; a Hub id as it is."""
+    return Path(place).expanduser().resolve().name if place and Path(place).expanduser().exists() else place
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -301,11 +310,14 @@ def update_card(path: Path, results: EvalResults) -> None:
     """
     from huggingface_hub import ModelCard
 
-    text = path.read_text(encoding="utf-8") if path.exists() else f"---\n{{}}\n---\n\n# {results.name}\n"
-    card: Any = ModelCard(text, ignore_metadata_errors=True)
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else f"---\n{{}}\n---\n\n# {results.name}\n"
+        card: Any = ModelCard(text, ignore_metadata_errors=True)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read, so that the results are not in it: {error}") from error
     card.text = insert_section(card.text, render_card_section(results))
-    old = {result.unique_identifier: result for result in card.data.eval_results or []}
-    card.data.eval_results = list({**old, **{r.unique_identifier: r for r in to_eval_results(results)}}.values())
+    others = [result for result in card.data.eval_results or [] if not result.dataset_type.startswith(DATASETS)]
+    card.data.eval_results = others + to_eval_results(results)
     card.data.model_name = card.data.model_name or results.name
     part = path.with_name(f"{path.name}.part")
     part.write_text(str(card), encoding="utf-8")
@@ -349,7 +361,7 @@ def to_eval_results(results: EvalResults) -> list[Any]:
     return [
         EvalResult(
             task_type=entry["type"],
-            dataset_type=f"gem-st-eval/{task}",
+            dataset_type=f"{DATASETS}{task}",
             dataset_name=task,
             metric_type=entry["metric"],
             metric_value=round(100 * entry["main_score"], 4),

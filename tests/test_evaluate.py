@@ -19,7 +19,7 @@ from gem_st.baselines import build_baseline
 from gem_st.cli import app
 from gem_st.evaluate import EvalConfig, evaluate, named_base, same_weights
 from gem_st.modeling_gem import GemTransformer
-from gem_st.scores import EvalResults, insert_section, losses, render_markdown, render_row
+from gem_st.scores import EvalResults, insert_section, losses, render_markdown, render_row, update_card
 from gem_st.scoring import score_task
 from gem_st.suite import load_suite
 
@@ -288,6 +288,38 @@ def test_the_card_has_one_section(
     assert "Not evaluated yet" not in text
     assert text.rstrip().endswith("## Training\n\nNone.")
     assert render_row(results).strip() in text
+    assert str(Path(suite).parent) not in text, "a folder of this machine"
+    assert f"suite suite.yaml, baseline {make_base().name}" in text
+
+
+METRICS = """---
+license: mit
+model-index:
+- name: mine
+  results:
+  - task: {type: semantic-similarity, name: Semantic Similarity}
+    dataset: {name: dev, type: dev}
+    metrics:
+    - {type: pearson_cosine, value: 0.5}
+    - {type: spearman_cosine, value: 0.6}
+---
+# Mine
+"""
+
+
+def test_metadata_of_others_is_kept_and_that_of_an_earlier_run_is_not(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(METRICS)
+    for task in ("Old", "New"):
+        results = EvalResults("mine")
+        results.add_embedding(task, {"main_score": 0.25, "type": "STS", "metric": "m", "metrics": {}}, None)
+        update_card(readme, results)
+    card = ModelCard.load(readme)
+    found = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert found == {("dev", "pearson_cosine"): 0.5, ("dev", "spearman_cosine"): 0.6, ("New", "m"): 25.0}
+    readme.write_text("---\nlicense: [mit\n---\n# Mine\n")
+    with pytest.raises(ValueError, match=r"README.md cannot be read, so that the results are not in it: while parsing"):
+        update_card(readme, results)
 
 
 def test_health_is_in_the_results(
