@@ -288,8 +288,11 @@ class _Evaluation:
         else:
             self.answer(base or "", *loaded, is_base=True)
         results, base_results = self.results.generation_records()
+        if not (texts := self.texts()):
+            self.progress("The suite has no texts to compare generators on: name a perplexity task, or any of texts.")
+            return
         retention = compare_generators(
-            generator[0], loaded[0], loaded[1], self.texts(), results=results, base_results=base_results
+            generator[0], loaded[0], loaded[1], texts, results=results, base_results=base_results
         )
         self.results.retention = retention.to_dict()
         self.progress(retention.sentence)

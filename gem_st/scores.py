@@ -153,28 +153,26 @@ def render_markdown(results: EvalResults) -> str:
 
 def render_row(results: EvalResults) -> str:
     """The paper's table: a line for each baseline and for the checkpoint, with the difference."""
-    rows = {f"{name} pooling" if name == "mean" else name: results.groups(name) for name in results.baselines}
-    if own := results.groups():
-        rows[results.name] = own
-    columns = list(own)
-    knowledge = results.generation
-    header = ["", *columns, *knowledge]
+    own, knowledge = results.groups(), results.generation
+    rows = [(f"{name} pooling" if name == "mean" else name, results.groups(name)) for name in results.baselines]
+    if not rows and any(entry["baseline"] is not None for entry in knowledge.values()):
+        rows.append(("base", {}))
+    rows.append((f"**{results.name}**", own))
     lines = []
-    for number, (name, scores) in enumerate(rows.items()):
-        is_own = name == results.name
-        cells = [f"{scores[column]:.2f}" if column in scores else "" for column in columns]
-        key = "main_score" if is_own else "baseline" if number == 0 else None
+    for number, (title, scores) in enumerate(rows, start=1):
+        key = "main_score" if number == len(rows) else "baseline" if number == 1 else None
+        cells = [f"{scores[column]:.2f}" if column in scores else "" for column in own]
         cells += [_format_score(entry, entry.get(key) if key else None) for entry in knowledge.values()]
-        lines.append([f"**{name}**" if is_own else name, *cells])
-    if len(rows) > 1 and results.baselines:
-        first = results.groups(results.baselines[0])
-        cells = [f"{own[column] - first[column]:+.2f}" if column in first else "" for column in columns]
+        lines.append([title, *cells])
+    if len(rows) > 1:
+        first = rows[0][1]
+        cells = [f"{own[column] - first[column]:+.2f}" if column in first else "" for column in own]
         cells += [_format_score(entry, entry.get("difference"), "+") for entry in knowledge.values()]
         lines.append(["difference", *cells])
     notes = [f"Lower than {name} in {', '.join(lost)}." for name, lost in losses(results).items()]
     if results.retention:
         notes.append(results.retention["sentence"])
-    return _table(header, lines) + "".join(f"\n{note}\n" for note in notes)
+    return _table(["", *own, *knowledge], lines) + "".join(f"\n{note}\n" for note in notes)
 
 
 def losses(results: EvalResults) -> dict[str, list[str]]:
@@ -281,12 +279,12 @@ def draw_bars(results: EvalResults, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("The picture needs matplotlib: pip install 'gem-st[eval]'") from error
-    series = {name: [e["baselines"].get(name) for e in results.embedding.values()] for name in results.baselines}
-    series[results.name] = [entry["main_score"] for entry in results.embedding.values()]
+    series = [(name, [e["baselines"].get(name) for e in results.embedding.values()]) for name in results.baselines]
+    series.append((results.name, [entry["main_score"] for entry in results.embedding.values()]))
     figure = Figure(figsize=(max(6.0, 1.1 * len(results.embedding)), 3.6), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(series)
-    for number, (name, scores) in enumerate(series.items()):
+    for number, (name, scores) in enumerate(series):
         places = [task + (number - (len(series) - 1) / 2) * width for task in range(len(scores))]
         axes.bar(places, [100 * (score or 0) for score in scores], width, label=name)
     axes.set_xticks(range(len(results.embedding)), list(results.embedding), rotation=30, ha="right", fontsize=8)

@@ -372,6 +372,33 @@ def test_the_row_is_the_papers(make_base: Callable[..., Path]) -> None:
     assert "Lower than mean in STS." in render_row(results)
 
 
+def test_the_base_has_a_row_without_baselines_of_embeddings() -> None:
+    results = EvalResults("gem")
+    results.add_generation("MMLU", {"main_score": 0.25, "type": "mmlu", "metric": "acc"}, is_base=False)
+    assert render_row(results).splitlines() == ["|  | MMLU |", "| --- | --- |", "| **gem** | 25.00 |"]
+    results.add_generation("MMLU", {"main_score": 0.5, "type": "mmlu", "metric": "acc"}, is_base=True)
+    rows = ["| base | 50.00 |", "| **gem** | 25.00 |", "| difference | -25.00 |"]
+    assert render_row(results).splitlines()[2:] == rows
+
+
+def test_a_checkpoint_may_be_named_as_a_baseline_is() -> None:
+    results = EvalResults("echo")
+    for name, value in ((None, 0.4), ("echo", 0.1)):
+        results.add_embedding("A", {"main_score": value, "type": "STS", "metric": "m", "metrics": {}}, name)
+    rows = ["| echo | 10.00 | 10.00 |", "| **echo** | 40.00 | 40.00 |", "| difference | +30.00 | +30.00 |"]
+    assert render_row(results).splitlines()[2:5] == rows
+
+
+def test_a_suite_of_knowledge_alone(
+    make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str
+) -> None:
+    Path(suite).write_text(f"knowledge:{SUITE.partition('knowledge:')[2].partition('  - {name: lines')[0]}")
+    results, saved, lines = run(make_checkpoint(), suite, make_base())
+    assert "| difference | +0.00 |" in render_row(results)
+    assert saved["retention"] is None
+    assert any("no texts to compare generators on" in line for line in lines)
+
+
 def test_a_card_without_a_section_gets_one() -> None:
     section = "<!-- gem-st eval: start -->\nnew\n<!-- gem-st eval: end -->"
     assert insert_section("# Mine\n", section) == f"# Mine\n\n## Evaluation\n\n{section}\n"
