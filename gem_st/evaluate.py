@@ -28,7 +28,7 @@ from .modeling_gem import is_local
 from .report import describe_versions, write_json
 from .retention import compare_generators
 from .scores import EvalResults, draw_bars, render_markdown, update_card
-from .scoring import fingerprint, score_task, update_digest
+from .scoring import describe_settings, describe_tokenizer, fingerprint, score_task, update_digest, update_settings
 from .suite import LOCAL_ADVICE, Suite, load_suite, read_texts_of
 
 logger = logging.get_logger(__name__)
@@ -122,12 +122,19 @@ class _Evaluation:
         self.config, self.suite, self.progress = config, suite, progress
         self.folder = config.folder
         self.results = EvalResults(name=config.name)
+        self.dtype: Any = config.dtype
+        self.base_revision: str | None = None
 
     def run(self) -> EvalResults:
         """Evaluate, from the checkpoint to the picture."""
         model = self.load_checkpoint()
-        gem = model[0] if hasattr(model[0], "gem_token_ids") else None
+        gem: Any = model[0] if hasattr(model[0], "gem_token_ids") else None
         base = self.find_base(gem)
+        if self.dtype == "auto":  # the base is compared in the checkpoint's
+            weights = (model if gem is None else gem.model).parameters()
+            self.dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), "auto")
+        if gem is not None and base == gem.base_model_name_or_path:
+            self.base_revision = gem.base_model_revision
         self.folder.mkdir(parents=True, exist_ok=True)
         self.results.config = self.describe(model, gem, base)
         self.score_embedder(model, self.config.name, None, self.results.config["fingerprint"])
@@ -184,23 +191,34 @@ class _Evaluation:
         length = model.max_seq_length
         if length is not None:
             length -= getattr(model[0], "num_gem_tokens", 0)
-        model_kwargs = {"dtype": self.config.dtype, **({"token": self.config.token} if self.config.token else {})}
+        hub_kwargs = {name: value for name, value in self.hub_kwargs(self.base_revision).items() if value}
+        kwargs = {"model_kwargs": {"dtype": self.dtype, **hub_kwargs}}
+        kwargs |= {"processor_kwargs": hub_kwargs, "config_kwargs": hub_kwargs}
         with hub.translate_hub_errors(base):
-            baseline = build_baseline(name, base, max_seq_length=length, model_kwargs=model_kwargs)
-        baseline.prompts = dict(model.prompts)
+            baseline = build_baseline(name, base, max_seq_length=length, **kwargs)
+        baseline.prompts, baseline.default_prompt_name = dict(model.prompts), model.default_prompt_name
         return baseline.to(model.device)
 
     def load_generator(self, model: SentenceTransformer, gem: Any) -> tuple[PreTrainedModel, Any] | None:
         """The checkpoint as a language model, and its tokenizer; None if it is no language model."""
         if gem is not None:
             return gem.model, gem.tokenizer
-        return self.load_language_model(self.config.checkpoint, model.device)
+        return self.load_language_model(self.config.checkpoint, self.config.revision, model.device)
 
-    def load_language_model(self, name: str, device: torch.device) -> tuple[PreTrainedModel, Any] | None:
+    def hub_kwargs(self, revision: str | None) -> dict[str, Any]:
+        """How something is read from the Hub."""
+        config = self.config
+        return {"revision": revision, "token": config.token, "trust_remote_code": config.trust_remote_code}
+
+    def load_language_model(
+        self, name: str, revision: str | None, device: torch.device
+    ) -> tuple[PreTrainedModel, Any] | None:
         """A causal language model of transformers, and its tokenizer; None if it is none."""
-        kwargs: dict[str, Any] = {"dtype": self.config.dtype, "token": self.config.token, "output_loading_info": True}
+        kwargs = self.hub_kwargs(revision)
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=self.dtype, output_loading_info=True, **kwargs
+            )
         except (ValueError, KeyError) as error:
             self.progress(f"{name} does not load as a causal language model, generation is left out: {error}")
             return None
@@ -209,7 +227,7 @@ class _Evaluation:
             missing = ", ".join(sorted(found["missing_keys"])[:3])
             self.progress(f"{name} is no whole causal language model (no {missing}), generation is left out.")
             return None
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(name, token=self.config.token)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(name, **kwargs)
 
     # Embeddings
 
@@ -256,7 +274,7 @@ class _Evaluation:
         if generator is None:
             return
         self.answer(self.config.name, *generator, is_base=False)
-        loaded = self.load_language_model(base, model.device) if base else None
+        loaded = self.load_language_model(base, self.base_revision, model.device) if base else None
         if loaded is None:
             return
         if same_weights(generator[0], loaded[0]):
@@ -265,8 +283,11 @@ class _Evaluation:
         else:
             self.answer(base or "", *loaded, is_base=True)
         results, base_results = self.results.generation_records()
+        if not (texts := self.texts()):
+            self.progress("The suite has no texts to compare generators on: name a perplexity task, or any of texts.")
+            return
         retention = compare_generators(
-            generator[0], loaded[0], loaded[1], self.texts(), results=results, base_results=base_results
+            generator[0], loaded[0], loaded[1], texts, results=results, base_results=base_results
         )
         self.results.retention = retention.to_dict()
         self.progress(retention.sentence)
@@ -275,7 +296,7 @@ class _Evaluation:
 
     def answer(self, title: str, model: PreTrainedModel, tokenizer: Any, *, is_base: bool) -> None:
         """Put a language model through the generation tasks of the suite."""
-        digest = digest_weights(model)
+        digest = digest_generator(model, tokenizer)
         for number, task in enumerate(self.suite.knowledge, start=1):
             path = self.folder / "lm-eval" / digest / f"{_digest_task(task, self.config.limit)}.json"
             try:
@@ -367,9 +388,10 @@ _NAMES = ("_name_or_path", "transformers_version", "architectures", "torch_dtype
 """Settings of a configuration that change nothing that is computed."""
 
 
-def digest_weights(model: PreTrainedModel) -> str:
-    """Short digest of a language model's weights and settings, which name the folder of its answers."""
-    digest = hashlib.sha256(repr(sorted((k, str(v)) for k, v in model.config.to_dict().items())).encode())
+def digest_generator(model: PreTrainedModel, tokenizer: Any) -> str:
+    """Short digest of a language model's weights, settings and tokenizer, which names the folder of its answers."""
+    digest = hashlib.sha256()
+    update_settings(digest, [describe_settings(model), describe_tokenizer(tokenizer)])
     update_digest(digest, model.state_dict())
     return digest.hexdigest()[:16]
 

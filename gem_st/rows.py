@@ -27,7 +27,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if path.suffix == ".jsonl":
                 yield from ((number, _parse(line, path, number)) for number, line in enumerate(file, 1) if line.strip())
                 return
-            reader = csv.DictReader(file, delimiter=DELIMITERS[path.suffix])
+            reader = csv.DictReader(file, delimiter=DELIMITERS[path.suffix], strict=True)
             for row in reader:
                 yield reader.line_num, row
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
+
 GROUPS = {
     "Clustering": "Clust",
     "Reranking": "Rerank",
@@ -23,6 +25,8 @@ GROUPS = {
 """Task types of mteb, in the order of the paper's table (arXiv 2506.04344), and their names there."""
 
 START, END = "<!-- gem-st eval: start -->", "<!-- gem-st eval: end -->"
+DATASETS = "gem-st-eval/"
+"""Data sets of this evaluation, in the metadata of a card, start with it."""
 PERPLEXITIES = ("perplexity", "word_perplexity", "token_perplexity")
 
 
@@ -152,29 +156,27 @@ def render_markdown(results: EvalResults) -> str:
 
 def render_row(results: EvalResults) -> str:
     """The paper's table: a line for each baseline and for the checkpoint, with the difference."""
-    rows = {f"{name} pooling" if name == "mean" else name: results.groups(name) for name in results.baselines}
-    if own := results.groups():
-        rows[results.name] = own
-    columns = list(own)
-    knowledge = results.generation
-    header = ["", *columns, *knowledge]
+    own, knowledge = results.groups(), results.generation
+    rows = [(f"{name} pooling" if name == "mean" else name, results.groups(name)) for name in results.baselines]
+    if not rows and any(entry["baseline"] is not None for entry in knowledge.values()):
+        rows.append(("base", {}))
+    rows.append((f"**{results.name}**", own))
     lines = []
-    for number, (name, scores) in enumerate(rows.items()):
-        is_own = name == results.name
-        cells = [f"{scores[column]:.2f}" if column in scores else "" for column in columns]
-        key = "main_score" if is_own else "baseline" if number == 0 else None
+    for number, (title, scores) in enumerate(rows, start=1):
+        key = "main_score" if number == len(rows) else "baseline" if number == 1 else None
+        cells = [f"{scores[column]:.2f}" if column in scores else "" for column in own]
         cells += [_format_score(entry, entry.get(key) if key else None) for entry in knowledge.values()]
-        lines.append([f"**{name}**" if is_own else name, *cells])
-    if len(rows) > 1 and results.baselines:
-        first = results.groups(results.baselines[0])
-        cells = [f"{own[column] - first[column]:+.2f}" if column in first else "" for column in columns]
+        lines.append([title, *cells])
+    if len(rows) > 1:
+        first = rows[0][1]
+        cells = [f"{own[column] - first[column]:+.2f}" if column in first else "" for column in own]
         cells += [_format_score(entry, entry.get("difference"), "+") for entry in knowledge.values()]
         lines.append(["difference", *cells])
     notes = [f"Lower than {name} in {', '.join(lost)}." for name, lost in losses(results).items()]
     if results.retention:
         notes.append(results.retention["sentence"])
     notes += [f"{task} failed: {error}" for task, error in results.errors.items()]
-    return _table(header, lines) + "".join(f"\n{note}\n" for note in notes)
+    return _table(["", *own, *knowledge], lines) + "".join(f"\n{note}\n" for note in notes)
 
 
 def losses(results: EvalResults) -> dict[str, list[str]]:
@@ -257,9 +259,9 @@ def _render_config(config: Mapping[str, Any]) -> str:
         return ""
     versions = ", ".join(f"{name} {value}" for name, value in config.get("versions", {}).items())
     parts = {
-        "suite": Path(config.get("suite", "")).name,  # no folders of this machine in a card
+        "suite": _name_of(config.get("suite")),
         "limit": config.get("limit"),
-        "baseline": short_name(config.get("baseline")),
+        "baseline": _name_of(config.get("baseline")),
         "tokens read of a text": config.get("max_seq_length"),
         "prompts": config.get("prompts") or None,
         "dtype": config.get("dtype"),
@@ -268,9 +270,9 @@ def _render_config(config: Mapping[str, Any]) -> str:
     return f"{settings}; {versions}.\n"
 
 
-def short_name(name: str | None) -> str | None:
-    """A Hub id as it is, of a folder its last part."""
-    return name if name is None or not Path(name).exists() else Path(name).resolve().name
+def _name_of(place: str | None) -> str | None:
+    """A file or folder without where it lies on this machine, which is nobody's business; a Hub id as it is."""
+    return Path(place).expanduser().resolve().name if place and Path(place).expanduser().exists() else place
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -299,12 +301,12 @@ def draw_bars(results: EvalResults, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("The picture needs matplotlib: pip install 'gem-st[eval]'") from error
-    series = {name: [e["baselines"].get(name) for e in results.embedding.values()] for name in results.baselines}
-    series[results.name] = [entry["main_score"] for entry in results.embedding.values()]
+    series = [(name, [e["baselines"].get(name) for e in results.embedding.values()]) for name in results.baselines]
+    series.append((results.name, [entry["main_score"] for entry in results.embedding.values()]))
     figure = Figure(figsize=(max(6.0, 1.1 * len(results.embedding)), 3.6), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(series)
-    for number, (name, scores) in enumerate(series.items()):
+    for number, (name, scores) in enumerate(series):
         places = [task + (number - (len(series) - 1) / 2) * width for task in range(len(scores))]
         axes.bar(places, [100 * (score or 0) for score in scores], width, label=name)
     axes.set_xticks(range(len(results.embedding)), list(results.embedding), rotation=30, ha="right", fontsize=8)
@@ -328,11 +330,14 @@ def update_card(path: Path, results: EvalResults) -> None:
     """
     from huggingface_hub import ModelCard
 
-    text = path.read_text(encoding="utf-8") if path.exists() else f"---\n{{}}\n---\n\n# {results.name}\n"
-    card: Any = ModelCard(text, ignore_metadata_errors=True)
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else f"---\n{{}}\n---\n\n# {results.name}\n"
+        card: Any = ModelCard(text, ignore_metadata_errors=True)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read, so that the results are not in it: {error}") from error
     card.text = insert_section(card.text, render_card_section(results))
-    old = {result.unique_identifier: result for result in card.data.eval_results or []}
-    card.data.eval_results = list({**old, **{r.unique_identifier: r for r in to_eval_results(results)}}.values())
+    others = [result for result in card.data.eval_results or [] if not result.dataset_type.startswith(DATASETS)]
+    card.data.eval_results = others + to_eval_results(results)
     card.data.model_name = card.data.model_name or results.name
     part = path.with_name(f"{path.name}.part")
     part.write_text(str(card), encoding="utf-8")
@@ -376,7 +381,7 @@ def to_eval_results(results: EvalResults) -> list[Any]:
     return [
         EvalResult(
             task_type=entry["type"],
-            dataset_type=f"gem-st-eval/{task}",
+            dataset_type=f"{DATASETS}{task}",
             dataset_name=task,
             metric_type=entry["metric"],
             metric_value=round(100 * entry["main_score"], 4),

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,11 +133,21 @@ def read_suite(path: Path) -> tuple[list[Any], dict[str, GenerationTask]]:
     tasks: dict[str, Any] = {}
     knowledge: dict[str, GenerationTask] = {}
     for section, made, make in (("tasks", tasks, _make_task), ("knowledge", knowledge, _make_knowledge)):
-        for entry in content.get(section) or []:
+        entries = content.get(section) or []
+        if not isinstance(entries, list):
+            raise ValueError(f"`{section}:` in {str(path)!r} must be a list, got {entries!r}.")
+        for entry in entries:
             if not isinstance(entry, dict) or not {"name", "type"} <= set(entry):
                 raise ValueError(
                     f"Each entry of `{section}:` in {str(path)!r} needs name and type, but one is {entry!r}."
                 )
+            if not re.fullmatch(r"[^\W_][\w .()+-]*", str(entry["name"] or "")):
+                raise ValueError(
+                    f"{entry['name']!r} in {str(path)!r} is no name of a task, which files are named after: letters, "
+                    "digits, spaces and . _ - + ( ), the first a letter or digit."
+                )
+            if not isinstance(entry["type"], str):
+                raise ValueError(f"The type of task {entry['name']!r} must be text, got {entry['type']!r}.")
             if str(entry["name"]) in {**tasks, **knowledge}:
                 raise ValueError(f"The suite {str(path)!r} has two tasks of the name {entry['name']!r}.")
             made[str(entry["name"])] = make(entry, path.parent)
@@ -186,6 +197,9 @@ class LocalFiles:
     digest: Any = field(default_factory=hashlib.sha256)
 
     def __post_init__(self) -> None:
+        is_named = isinstance(self.columns, Mapping) and all(isinstance(v, str) for v in self.columns.values())
+        if not is_named:
+            raise ValueError(f"columns of task {self.name!r} must name columns, got {self.columns!r}.")
         if unknown := set(self.columns) - set(COLUMNS[self.kind]):
             raise ValueError(
                 f"Task {self.name!r} names columns {sorted(unknown)}. Those of a {self.kind} task are "
@@ -264,6 +278,9 @@ def _list_rows(path: Path, name: str) -> list[dict[str, Any]]:
     rows = [row for _, row in read_rows(path)]
     if not rows:
         raise ValueError(f"{path} of task {name!r} has no rows.")
+    for number, row in enumerate(rows, start=1):
+        if None in row:  # a comma in a text without quotes, say, behind which all columns are others
+            raise ValueError(f"{path} of task {name!r}: row {number} has more values than the {len(row) - 1} columns.")
     return rows
 
 

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import gem_st.evaluate as evaluate_module
 from gem_st.baselines import build_baseline
 from gem_st.cli import app
 from gem_st.evaluate import EvalConfig, evaluate, named_base, same_weights
-from gem_st.scores import EvalResults, insert_section, losses, render_markdown, render_row
+from gem_st.modeling_gem import GemTransformer
+from gem_st.scores import EvalResults, insert_section, losses, render_markdown, render_row, update_card
+from gem_st.scoring import score_task
 from gem_st.suite import load_suite, read_texts_of
 
 from .conftest import CORPUS, ROOT
@@ -93,8 +97,6 @@ def test_a_frozen_base_loses_nothing(
 def test_scores_are_of_the_models_they_are_named_after(
     make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str
 ) -> None:
-    from gem_st.scoring import score_task
-
     checkpoint = make_checkpoint()
     _, saved, _ = run(checkpoint, suite, make_base(), knowledge=[])
     task = load_suite(suite).tasks[0]
@@ -222,6 +224,53 @@ def test_which_base_is_meant(make_checkpoint: Callable[..., str], make_base: Cal
         run(full, suite, "/nowhere/base")
 
 
+def test_the_base_is_read_as_the_checkpoint_was(
+    make_model: Callable[..., Any], make_base: Callable[..., Path], suite: str, tmp_path: Path
+) -> None:
+    rounded = str(make_base())
+    base = AutoModelForCausalLM.from_pretrained(rounded, dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base16")
+    AutoTokenizer.from_pretrained(rounded).save_pretrained(tmp_path / "base16")
+    gem = GemTransformer(str(tmp_path / "base16"), model_kwargs={"dtype": torch.float32})
+    prompts = {"about": "It is about this: "}
+    model = SentenceTransformer(modules=[gem], prompts=prompts, default_prompt_name="about")
+    model.save_pretrained(str(tmp_path / "full"))
+    _, saved, _ = run(str(tmp_path / "full"), suite, tmp_path / "base16", compare=["mean"])
+    assert saved["retention"]["identical"] is True
+    task = load_suite(suite).tasks[0]
+    baseline = build_baseline("mean", str(tmp_path / "base16"), model_kwargs={"dtype": torch.float32})
+    plain = score_task(baseline, task, name="a", revision="")["main_score"]
+    baseline.prompts, baseline.default_prompt_name = prompts, "about"
+    score = score_task(baseline, task, name="a", revision="")["main_score"]
+    assert saved["embedding"]["Graded"]["baseline"] == score != plain
+
+
+def test_revisions_are_those_of_the_checkpoint_and_of_its_base(
+    make_model: Callable[..., Any],
+    make_base: Callable[..., Path],
+    suite: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[tuple[str, Any]] = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def note(name: str, **kwargs: Any) -> Any:
+        read.append((name, kwargs.get("revision")))
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(evaluate_module.AutoModelForCausalLM, "from_pretrained", note)
+    base = str(make_base())
+    run(base, suite, base, compare=["mean"], knowledge=["Trivia"], revision="v2")
+    assert read == [(base, "v2"), (base, None)]
+    model = make_model(num_gem_tokens=2, freeze_base=True)
+    model[0].save_base, model[0].base_model_revision = False, "abc"
+    model.save_pretrained(str(tmp_path / "adapter"))
+    read.clear()
+    run(str(tmp_path / "adapter"), suite, model[0].base_model_name_or_path, compare=["mean"], knowledge=["Trivia"])
+    assert read[-1] == (model[0].base_model_name_or_path, "abc")
+
+
 def test_the_card_has_one_section(
     make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str
 ) -> None:
@@ -239,6 +288,38 @@ def test_the_card_has_one_section(
     assert "Not evaluated yet" not in text
     assert text.rstrip().endswith("## Training\n\nNone.")
     assert render_row(results).strip() in text
+    assert str(Path(suite).parent) not in text, "a folder of this machine"
+    assert f"suite suite.yaml, baseline {make_base().name}" in text
+
+
+METRICS = """---
+license: mit
+model-index:
+- name: mine
+  results:
+  - task: {type: semantic-similarity, name: Semantic Similarity}
+    dataset: {name: dev, type: dev}
+    metrics:
+    - {type: pearson_cosine, value: 0.5}
+    - {type: spearman_cosine, value: 0.6}
+---
+# Mine
+"""
+
+
+def test_metadata_of_others_is_kept_and_that_of_an_earlier_run_is_not(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(METRICS)
+    for task in ("Old", "New"):
+        results = EvalResults("mine")
+        results.add_embedding(task, {"main_score": 0.25, "type": "STS", "metric": "m", "metrics": {}}, None)
+        update_card(readme, results)
+    card = ModelCard.load(readme)
+    found = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert found == {("dev", "pearson_cosine"): 0.5, ("dev", "spearman_cosine"): 0.6, ("New", "m"): 25.0}
+    readme.write_text("---\nlicense: [mit\n---\n# Mine\n")
+    with pytest.raises(ValueError, match=r"README.md cannot be read, so that the results are not in it: while parsing"):
+        update_card(readme, results)
 
 
 def test_health_is_in_the_results(
@@ -295,6 +376,33 @@ def test_the_suite_of_the_examples_loads() -> None:
     suite = load_suite(str(ROOT / "examples/suite.yaml"))
     assert len(suite.tasks[0].dataset["test"]) == 240
     assert len(read_texts_of(suite, 400)) == 400
+
+
+def test_the_base_has_a_row_without_baselines_of_embeddings() -> None:
+    results = EvalResults("gem")
+    results.add_generation("MMLU", {"main_score": 0.25, "type": "mmlu", "metric": "acc"}, is_base=False)
+    assert render_row(results).splitlines() == ["|  | MMLU |", "| --- | --- |", "| **gem** | 25.00 |"]
+    results.add_generation("MMLU", {"main_score": 0.5, "type": "mmlu", "metric": "acc"}, is_base=True)
+    rows = ["| base | 50.00 |", "| **gem** | 25.00 |", "| difference | -25.00 |"]
+    assert render_row(results).splitlines()[2:] == rows
+
+
+def test_a_checkpoint_may_be_named_as_a_baseline_is() -> None:
+    results = EvalResults("echo")
+    for name, value in ((None, 0.4), ("echo", 0.1)):
+        results.add_embedding("A", {"main_score": value, "type": "STS", "metric": "m", "metrics": {}}, name)
+    rows = ["| echo | 10.00 | 10.00 |", "| **echo** | 40.00 | 40.00 |", "| difference | +30.00 | +30.00 |"]
+    assert render_row(results).splitlines()[2:5] == rows
+
+
+def test_a_suite_of_knowledge_alone(
+    make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str
+) -> None:
+    Path(suite).write_text(f"knowledge:{SUITE.partition('knowledge:')[2].partition('  - {name: lines')[0]}")
+    results, saved, lines = run(make_checkpoint(), suite, make_base())
+    assert "| difference | +0.00 |" in render_row(results)
+    assert saved["retention"] is None
+    assert any("no texts to compare generators on" in line for line in lines)
 
 
 def test_a_card_without_a_section_gets_one() -> None:

@@ -240,6 +240,10 @@ BAD_ENTRIES = {
     "missing file": ("{name: X, type: STS, data: none.csv}", "none.csv cannot be read"),
     "unknown kind of file": ("{name: X, type: STS, data: lines.txt}", "no kind that can be read"),
     "bad limit": ("{name: X, type: Clustering, data: test.csv, limit: 0}", "limit of task 'X'"),
+    "a path for a name": ("{name: ../../X, type: STS, data: sts.csv}", "'../../X' in .* is no name of a task"),
+    "an empty name": ("{name: , type: STS, data: sts.csv}", "None in .* is no name of a task"),
+    "two types": ("{name: X, type: [STS], data: sts.csv}", r"type of task 'X' must be text, got \['STS'\]"),
+    "columns in a list": ("{name: X, type: STS, data: sts.csv, columns: [a]}", r"must name columns, got \['a'\]"),
     "no corpus": ("{name: X, type: Retrieval, data: .}", "corpus.jsonl cannot be read"),
 }
 
@@ -263,6 +267,12 @@ BAD_FILES = {
     "label of a pair": ("PairClassification", "sentence1,sentence2,label\na,b,2\n", "must be 0 or 1, got '2'"),
     "one label of pairs": ("PairClassification", "sentence1,sentence2,label\na,b,1\nc,d,1\n", "every label is 1"),
     "one cluster": ("Clustering", "text,label\na,x\nb,x\n", "one label only"),
+    "a long row": (
+        "STS",
+        "sentence1,sentence2,score\na,b,1\nIn May, or June,c,3\n",
+        "row 2 has more values than the 3",
+    ),
+    "a lone quote": ("Clustering", 'text,label\n"a,x\nb,y\n"c,x\n', "cannot be read"),
     "a short row": ("Clustering", "text,label\na,x\nb\n", "row 2 has no 'label'"),
     "no rows": ("Clustering", "text,label\n", "has no rows"),
 }
@@ -303,6 +313,9 @@ def test_unknown_names(suite_file: Path) -> None:
         load_suite("papers")
     with pytest.raises(ValueError, match="trivia"):
         load_suite(str(suite_file), knowledge=["trivia"])
+    suite_file.write_text("tasks: 3\n")
+    with pytest.raises(ValueError, match=r"`tasks:` in .* must be a list, got 3"):
+        load_suite(str(suite_file))
     suite_file.write_text("task: []\n")
     with pytest.raises(ValueError, match=r"must hold `tasks:`, `knowledge:` or both, but holds \['task'\]"):
         load_suite(str(suite_file))
