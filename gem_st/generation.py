@@ -78,7 +78,7 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _rows_of_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -175,7 +175,7 @@ def _read_texts(path: Path) -> list[str]:
         ValueError: If there is none.
     """
     _require_file(path)
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         texts = [line.strip() for line in file if line.strip()]
     if not texts:
         raise ValueError(f"{path} is empty. Expected one text a line.")
@@ -282,7 +282,7 @@ def check_task(task: GenerationTask) -> None:
         ImportError: If lm-eval is not installed and the task needs it.
         ValueError: If anything else is wrong.
     """
-    if task.type not in KINDS:
+    if not isinstance(task.type, str) or task.type not in KINDS:
         raise ValueError(f"{task.name}: unknown type {task.type!r}. Choose one of {', '.join(KINDS)}.")
     for name, value, least in (("limit", task.limit, 1), ("num_fewshot", task.num_fewshot, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -294,10 +294,12 @@ def check_task(task: GenerationTask) -> None:
     if task.data is None:
         if task.dev is not None:
             raise ValueError(f"{task.name}: dev is given, but data is not. Give both files, or neither.")
-    elif task.type == "perplexity":
-        _read_texts(task.data)
-    else:
-        _read_documents(task)
+        return
+    try:
+        _read_texts(task.data) if task.type == "perplexity" else _read_documents(task)
+    except UnicodeDecodeError as error:
+        files = " or ".join(str(path) for path in (task.data, task.dev) if path is not None)
+        raise ValueError(f"{task.name}: {files} is not UTF-8: {error}") from error
 
 
 def _check_perplexity(task: GenerationTask) -> None:

@@ -451,7 +451,7 @@ def read_texts_of(suite: Suite, num_texts: int) -> list[str]:
     """
     for task in suite.knowledge:
         if task.type == "perplexity" and task.data is not None:
-            lines = (line.strip() for line in task.data.read_text(encoding="utf-8").splitlines())
+            lines = (line.strip() for line in task.data.read_text(encoding="utf-8-sig").splitlines())
             return list(itertools.islice(filter(None, lines), num_texts))
     for task in suite.tasks:
         task.load_data()
