@@ -7,11 +7,11 @@ task begins, and is read from there when the same evaluation is run again.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from . import hub
 from .baselines import BASELINES, build_baseline, set_padding_token
-from .generation import GenerationTask, evaluate_generation
+from .generation import GenerationTask, evaluate_generation, retry_smaller
 from .health import measure_health
 from .modeling_gem import is_local
 from .report import describe_versions, write_json
@@ -35,6 +35,9 @@ logger = logging.get_logger(__name__)
 
 NUM_TEXTS = 400
 """Texts on which two generators are compared, and vectors examined, if the suite names none for it."""
+
+COMPARED = 16
+"""Texts in a forward pass of two generators at most: there are logits of both, and in double precision."""
 
 VERSIONS = ("mteb", "lm-eval")
 
@@ -143,9 +146,7 @@ class _Evaluation:
                 baseline = self.load_baseline(name, base, model)
                 self.score_embedder(baseline, f"{base} ({name})", name, fingerprint(baseline))
         if self.config.health:
-            self.progress("health of the vectors")
-            self.results.health = measure_health(model, self.texts()).to_dict()
-            self.save()
+            self.examine(model)
         if self.suite.knowledge:
             self.score_generators(model, gem, base)
         self.save()
@@ -246,12 +247,32 @@ class _Evaluation:
                     limit=self.config.limit,
                 )
             except Exception as error:
-                self.note_failure(name, error)
+                self.note_failure(name if baseline is None else f"{name} with {baseline}", error)
                 continue
             self.results.add_embedding(name, score, baseline)
             self.save()
             place = f"{number}/{len(self.suite.tasks)}"
             self.progress(f"{title}, {place}: {name} {score['main_score']:.4f} ({score['seconds']:.0f} s)")
+
+    def examine(self, model: SentenceTransformer) -> None:
+        """Examine the vectors, or read what was found the last time."""
+        texts = self.texts()
+        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        path = self.folder / "health" / f"{fingerprint(model)[:16]}-{digest[:8]}.json"
+        self.progress("health of the vectors")
+        try:
+            if path.exists():
+                self.results.health = json.loads(path.read_text(encoding="utf-8"))
+            else:
+                health = retry_smaller(
+                    lambda size: measure_health(model, texts, batch_size=max(2, size)), self.config.batch_size
+                )
+                self.results.health = health.to_dict()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, self.results.health)
+        except Exception as error:
+            self.note_failure("health", error)
+        self.save()
 
     def note_failure(self, name: str, error: Exception) -> None:
         """Go on after a task that failed; stop if it is the network, which all others need as well.
@@ -286,13 +307,10 @@ class _Evaluation:
         if not (texts := self.texts()):
             self.progress("The suite has no texts to compare generators on: name a perplexity task, or any of texts.")
             return
-        retention = compare_generators(
-            generator[0], loaded[0], loaded[1], texts, results=results, base_results=base_results
-        )
+        compare = partial(compare_generators, generator[0], *loaded, texts, results=results, base_results=base_results)
+        retention = retry_smaller(lambda size: compare(batch_size=size), min(COMPARED, self.config.batch_size))
         self.results.retention = retention.to_dict()
         self.progress(retention.sentence)
-        del loaded
-        gc.collect()
 
     def answer(self, title: str, model: PreTrainedModel, tokenizer: Any, *, is_base: bool) -> None:
         """Put a language model through the generation tasks of the suite."""

@@ -237,7 +237,7 @@ def check_task(task: GenerationTask) -> None:
         ImportError: If lm-eval is not installed and the task needs it.
         ValueError: If anything else is wrong.
     """
-    if task.type not in KINDS:
+    if not isinstance(task.type, str) or task.type not in KINDS:
         raise ValueError(f"{task.name}: unknown type {task.type!r}. Choose one of {', '.join(KINDS)}.")
     for name, value, least in (("limit", task.limit, 1), ("num_fewshot", task.num_fewshot, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

@@ -54,6 +54,8 @@ def score_task(
     encoder = SentenceTransformerEncoderWrapper(model)
     changes = {"name": name if "/" in name else f"local/{name}", "revision": revision}
     encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=changes)
+    if cache is not None:
+        _remove_broken(mteb.ResultCache(cache).get_task_result_path(task.metadata.name, encoder.mteb_model_meta))
 
     def run(batch_size: int) -> Any:
         return mteb.evaluate(
@@ -74,6 +76,16 @@ def score_task(
         "metrics": _only_metrics(result.scores),
         "seconds": result.evaluation_time,
     }
+
+
+def _remove_broken(path: Path) -> None:
+    """Remove a result that mteb was killed over while it wrote it, and could not read again."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        path.unlink()
 
 
 def _only_metrics(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:

@@ -157,6 +157,10 @@ def test_a_killed_run_goes_on(
     assert saved["embedding"].keys() == {"Graded", "Groups"}
     _, whole, _ = run(checkpoint, suite, make_base(), compare=["mean"])
     assert whole["embedding"]["Graded"]["main_score"] == saved["embedding"]["Graded"]["main_score"]
+    for path in (Path(suite).parent / "out" / "mteb").rglob("Graded.json"):
+        path.write_text(path.read_text()[:40])  # killed while mteb wrote
+    _, repaired, _ = run(checkpoint, suite, make_base(), compare=["mean"])
+    assert repaired["embedding"]["Graded"]["main_score"] == whole["embedding"]["Graded"]["main_score"]
     monkeypatch.setattr(SentenceTransformer, "encode", lambda *_, **__: pytest.fail("was encoded again"))
     monkeypatch.setattr(evaluate_module, "evaluate_generation", lambda *_, **__: pytest.fail("was asked again"))
     _, again, _ = run(checkpoint, suite, make_base(), compare=["mean"])
@@ -323,11 +327,25 @@ def test_metadata_of_others_is_kept_and_that_of_an_earlier_run_is_not(tmp_path: 
 
 
 def test_health_is_in_the_results(
-    make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str
+    make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results, saved, _ = run(make_checkpoint(), suite, make_base(), compare=[], knowledge=["lines"], health=True)
+    checkpoint = make_checkpoint()
+    results, saved, _ = run(checkpoint, suite, make_base(), compare=[], knowledge=["lines"], health=True)
     assert saved["health"]["num_texts"] >= 16
     assert "| Batches of 1 against batches of" in render_markdown(results)
+    monkeypatch.setattr(evaluate_module, "measure_health", lambda *_, **__: pytest.fail("was examined again"))
+    _, again, _ = run(checkpoint, suite, make_base(), compare=[], knowledge=["lines"], health=True)
+    assert again["health"] == saved["health"]
+
+
+def test_too_few_texts_for_health_cost_nothing_else(
+    make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str
+) -> None:
+    (Path(suite).parent / "lines.txt").write_text("\n".join(CORPUS[:3]))
+    results, saved, _ = run(make_checkpoint(), suite, make_base(), compare=["mean"], health=True)
+    assert results.errors["health"].startswith("ValueError: At least 16")
+    assert saved["generation"].keys() == {"Trivia", "lines"}
+    assert saved["retention"] is not None
 
 
 def test_the_command(make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str) -> None:

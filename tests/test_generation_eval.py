@@ -401,9 +401,21 @@ def test_bad_files_are_named_with_the_line_and_what_was_expected(tmp_path, kind,
         check_task(GenerationTask("task", kind, path, num_fewshot=None if kind == "perplexity" else 0))
 
 
+def test_encodings_of_files(tmp_path):
+    path = tmp_path / "data.jsonl"
+    for kind in ("arc_easy", "perplexity"):
+        task = GenerationTask("task", kind, path)
+        path.write_bytes(("\ufeff" + json.dumps(ARC)).encode())
+        check_task(task)
+        path.write_bytes(json.dumps({**ARC, "question": "é"}, ensure_ascii=False).encode("latin-1"))
+        with pytest.raises(ValueError, match=r"data.jsonl cannot be read: 'utf-8' codec"):
+            check_task(task)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"type": ["mmlu"]}, r"unknown type \['mmlu'\]"),
         ({"type": "gsm8k"}, "task: unknown type 'gsm8k'. Choose one of mmlu, arc_easy, hellaswag, lambada, perplexity"),
         ({"type": "mmlu", "limit": 0}, "task: limit is 0, expected a whole number, 1 or more"),
         ({"type": "mmlu", "limit": True}, "task: limit is True"),
