@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from . import hub
@@ -138,6 +138,8 @@ class _Evaluation:
             self.dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), "auto")
         if gem is not None and base == gem.base_model_name_or_path:
             self.base_revision = gem.base_model_revision
+        if base is not None:
+            self.check_base(base)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.results.config = self.describe(model, gem, base)
         self.score_embedder(model, self.config.name, None, self.results.config["fingerprint"])
@@ -186,6 +188,20 @@ class _Evaluation:
                 "--baseline, or --baseline none for no comparison."
             )
         return base
+
+    def check_base(self, base: str) -> None:
+        """Look at the base's settings, before anything is computed.
+
+        Raises:
+            ValueError: If it is not there, or no model of transformers.
+        """
+        try:
+            AutoConfig.from_pretrained(base, **self.hub_kwargs(self.base_revision))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The base {base!r} cannot be read. Give another as --baseline, or --baseline none for no comparison: "
+                f"{error}"
+            ) from error
 
     def load_baseline(self, name: str, base: str, model: SentenceTransformer) -> SentenceTransformer:
         """A baseline in the checkpoint's data type, that reads as much of a text as the checkpoint does."""

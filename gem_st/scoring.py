@@ -51,7 +51,8 @@ def score_task(
     if limit is not None:
         limit_task(task, limit)
         revision += f"-limit{limit}"
-    encoder = SentenceTransformerEncoderWrapper(model)
+    with _quiet():
+        encoder = SentenceTransformerEncoderWrapper(model)
     changes = {"name": name if "/" in name else f"local/{name}", "revision": revision}
     encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=changes)
     if cache is not None:

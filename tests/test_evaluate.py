@@ -216,7 +216,9 @@ def test_a_plain_model_is_evaluated_as_it_is_and_said_to_be(
     assert bare.generation["Trivia"]["difference"] == 0
 
 
-def test_which_base_is_meant(make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str) -> None:
+def test_which_base_is_meant(
+    make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frozen, full = make_checkpoint("frozen", freeze_base=True), make_checkpoint("full")
     models = [SentenceTransformer(path, trust_remote_code=True) for path in (frozen, full)]
     assert named_base(models[0][0], EvalConfig(frozen)) == frozen  # its weights are the base's
@@ -226,6 +228,9 @@ def test_which_base_is_meant(make_checkpoint: Callable[..., str], make_base: Cal
     assert named_base(models[1][0], EvalConfig(full)) == "org/base"
     with pytest.raises(ValueError, match=r"'/nowhere/base', which is not on this machine\. Give it as --baseline"):
         run(full, suite, "/nowhere/base")
+    monkeypatch.setattr(SentenceTransformer, "encode", lambda *_, **__: pytest.fail("was encoded before"))
+    with pytest.raises(ValueError, match=r"The base '.*' cannot be read\. Give another as --baseline"):
+        run(full, suite, Path(suite).parent)
 
 
 def test_the_base_is_read_as_the_checkpoint_was(
