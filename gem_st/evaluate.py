@@ -53,7 +53,7 @@ class EvalConfig:
         compare: Baselines made of the base, keys of ``BASELINES``. The first stands in the table.
         suite: A key of ``gem_st.suite.BENCHMARKS``, or a YAML file of local tasks.
         knowledge: Names of generation tasks instead of the suite's own; an empty list for none.
-        output: Folder of results; by default ``runs/eval/`` and the checkpoint's name.
+        output: Folder of results; by default in ``runs/eval``, by the name of the checkpoint.
         limit: Rows of each embedding task, and samples of each generation task (of MMLU: of each subject).
         batch_size: Texts in a forward pass; halved where memory runs out.
         health: Also examine the vectors, see :mod:`gem_st.health`.
@@ -96,8 +96,12 @@ class EvalConfig:
 
     @property
     def folder(self) -> Path:
-        """Where results are written."""
-        return Path(self.output).expanduser() if self.output else Path("runs/eval") / self.name.replace("/", "--")
+        """Where results are written; of a folder named by its last two parts, since many end alike."""
+        if self.output:
+            return Path(self.output).expanduser()
+        is_folder = Path(self.checkpoint).exists()
+        parts = Path(self.checkpoint).resolve().parts[-2:] if is_folder else self.checkpoint.split("/")
+        return Path("runs/eval") / "--".join(part for part in parts if part != "/")
 
 
 def evaluate(config: EvalConfig, *, progress: Callable[[str], None] = logger.info) -> EvalResults:
@@ -311,6 +315,12 @@ class _Evaluation:
         if generator is None:
             return
         self.answer(self.config.name, *generator, is_base=False)
+        if base == self.config.checkpoint and not self.config.baseline:
+            self.progress(
+                "The checkpoint names no base, and was frozen: baselines are made of the weights in it, and generators "
+                "are not compared. Give it as --baseline."
+            )
+            return
         loaded = self.load_language_model(base, self.base_revision, model.device) if base else None
         if loaded is None:
             return

@@ -415,7 +415,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
 def read_texts_of(suite: Suite, num_texts: int) -> list[str]:
     """Texts of a suite, on which generators are compared and vectors examined: those of its first perplexity task.
 
-    Without one, texts of its embedding tasks, in turn.
+    Without one, texts of its embedding tasks in turn, or of the files of its other generation tasks.
 
     Args:
         suite: The suite.
@@ -426,7 +426,11 @@ def read_texts_of(suite: Suite, num_texts: int) -> list[str]:
             return read_lines(task.data)[:num_texts]
     for task in suite.tasks:
         task.load_data()
-    in_turn = itertools.zip_longest(*(_texts_in(task.dataset) for task in suite.tasks))
+    sources = [_texts_in(task.dataset) for task in suite.tasks]
+    if not sources:
+        files = [task.data for task in suite.knowledge if task.data is not None]
+        sources = [_texts_in([row for _, row in read_rows(path)]) for path in files]
+    in_turn = itertools.zip_longest(*sources)
     texts: dict[str, None] = {}
     for text in itertools.chain.from_iterable(in_turn):
         if len(texts) == num_texts:
@@ -436,6 +440,10 @@ def read_texts_of(suite: Suite, num_texts: int) -> list[str]:
     return list(texts)
 
 
+NO_TEXT = ("id", "_id", "label", "labels", "score", "title", "answer", "subject", "relevant_docs", "top_ranked")
+"""Names of columns that are not read for texts."""
+
+
 def _texts_in(data: Any) -> Iterator[str]:
     """Texts of a task's data, however it is nested."""
     if isinstance(data, str):
@@ -443,7 +451,7 @@ def _texts_in(data: Any) -> Iterator[str]:
             yield data
     elif isinstance(data, Mapping):
         for key, part in data.items():
-            if key not in ("id", "label", "labels", "score", "title", "relevant_docs", "top_ranked"):
+            if key not in NO_TEXT:
                 yield from _texts_in(part)
     elif isinstance(data, Iterable):
         for part in data:

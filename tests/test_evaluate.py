@@ -280,6 +280,23 @@ def test_revisions_are_those_of_the_checkpoint_and_of_its_base(
     assert read[-1] == (model[0].base_model_name_or_path, "abc")
 
 
+def test_a_base_that_is_not_named_is_no_reason_for_claims(make_checkpoint: Callable[..., str], suite: str) -> None:
+    results, saved, lines = run(make_checkpoint(freeze_base=True), suite, "")
+    assert saved["embedding"]["Graded"]["baselines"].keys() == {"mean", "lasttoken", "echo"}
+    assert saved["retention"] is None
+    assert saved["generation"]["Trivia"]["baseline"] is None
+    assert any("names no base" in line and "--baseline" in line for line in lines)
+    assert "to the bit" not in render_markdown(results)
+
+
+def test_folders_that_end_alike_have_folders_of_their_own(tmp_path: Path) -> None:
+    for name in ("a/full", "b/full"):
+        (tmp_path / name).mkdir(parents=True)
+    first, second = (EvalConfig(str(tmp_path / name)).folder for name in ("a/full", "b/full"))
+    assert (first, second) == (Path("runs/eval/a--full"), Path("runs/eval/b--full"))
+    assert EvalConfig("org/gem").folder == Path("runs/eval/org--gem")
+
+
 def test_the_card_has_one_section(
     make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str
 ) -> None:
@@ -422,10 +439,10 @@ def test_a_suite_of_knowledge_alone(
     make_checkpoint: Callable[..., str], make_base: Callable[..., Path], suite: str
 ) -> None:
     Path(suite).write_text(f"knowledge:{SUITE.partition('knowledge:')[2].partition('  - {name: lines')[0]}")
-    results, saved, lines = run(make_checkpoint(), suite, make_base())
+    results, saved, _ = run(make_checkpoint(), suite, make_base())
     assert "| difference | +0.00 |" in render_row(results)
-    assert saved["retention"] is None
-    assert any("no texts to compare generators on" in line for line in lines)
+    assert saved["retention"]["num_texts"] > len(CORPUS)
+    assert saved["retention"]["tasks"].keys() == {"Trivia"}
 
 
 def test_a_card_without_a_section_gets_one() -> None:
