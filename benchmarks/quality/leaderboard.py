@@ -4,8 +4,9 @@
     python benchmarks/quality/leaderboard.py table --results runs/leaderboard --output docs/leaderboard.md
 
 DATA holds what leaderboard.yaml names, nli/pairs.csv to train on and text/*.txt to measure perplexity on; MODELS the
-base models. What is done is not done again; benchmarks/quality/results/leaderboard holds what has been. Both modes are trained alike, on sentences of NLI and what follows from
-them (10,176 pairs); ``RATES`` says what differs. How settings were chosen is in docs/log.md.
+base models. What is done is not done again; results/leaderboard holds what has been, to go on from. Both modes are
+trained alike, on sentences of NLI and what follows from them (10,176 pairs); ``RATES`` says what differs. How settings
+were chosen is in docs/log.md.
 """
 
 from __future__ import annotations
