@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .baselines import BASELINES, build_baseline, set_padding_token
 from .generation import GenerationTask, evaluate_generation, retry_smaller
 from .health import measure_health
 from .modeling_gem import is_local
-from .report import describe_versions, write_json
+from .report import describe_versions, write_json, write_text
 from .retention import compare_generators
 from .scores import EvalResults, draw_bars, render_markdown, update_card
 from .scoring import describe_settings, describe_tokenizer, fingerprint, score_task, update_digest, update_settings
@@ -276,20 +276,15 @@ class _Evaluation:
 
     def examine(self, model: SentenceTransformer) -> None:
         """Examine the vectors, or read what was found the last time."""
-        texts = self.texts()
-        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        path = self.folder / "health" / f"{fingerprint(model)[:16]}-{digest[:8]}.json"
+        digest = hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
+        path = self.folder / "health" / f"{self.results.config['fingerprint'][:16]}-{digest[:8]}.json"
         self.progress("health of the vectors")
+
+        def measure(batch_size: int) -> dict[str, Any]:
+            return measure_health(model, self.texts, batch_size=max(2, batch_size)).to_dict()
+
         try:
-            if path.exists():
-                self.results.health = json.loads(path.read_text(encoding="utf-8"))
-            else:
-                health = retry_smaller(
-                    lambda size: measure_health(model, texts, batch_size=max(2, size)), self.config.batch_size
-                )
-                self.results.health = health.to_dict()
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, self.results.health)
+            self.results.health = _remember(path, lambda: retry_smaller(measure, self.config.batch_size))
         except Exception as error:
             self.note_failure("health", error)
         self.save()
@@ -330,10 +325,12 @@ class _Evaluation:
         else:
             self.answer(base or "", *loaded, is_base=True)
         results, base_results = self.results.generation_records()
-        if not (texts := self.texts()):
+        if not self.texts:
             self.progress("The suite has no texts to compare generators on: name a perplexity task, or any of texts.")
             return
-        compare = partial(compare_generators, generator[0], *loaded, texts, results=results, base_results=base_results)
+        compare = partial(
+            compare_generators, generator[0], *loaded, self.texts, results=results, base_results=base_results
+        )
         retention = retry_smaller(lambda size: compare(batch_size=size), min(COMPARED, self.config.batch_size))
         self.results.retention = retention.to_dict()
         self.progress(retention.sentence)
@@ -341,17 +338,11 @@ class _Evaluation:
     def answer(self, title: str, model: PreTrainedModel, tokenizer: Any, *, is_base: bool) -> None:
         """Put a language model through the generation tasks of the suite."""
         digest = digest_generator(model, tokenizer)
+        sizes: Any = {"batch_size": self.config.batch_size, "limit": self.config.limit}
         for number, task in enumerate(self.suite.knowledge, start=1):
             path = self.folder / "lm-eval" / digest / f"{_digest_task(task, self.config.limit)}.json"
             try:
-                if path.exists():
-                    result = json.loads(path.read_text(encoding="utf-8"))
-                else:
-                    result = evaluate_generation(
-                        model, tokenizer, task, batch_size=self.config.batch_size, limit=self.config.limit
-                    )
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(path, result)
+                result = _remember(path, partial(evaluate_generation, model, tokenizer, task, **sizes))
             except Exception as error:
                 self.note_failure(task.name, error)
                 continue
@@ -360,6 +351,7 @@ class _Evaluation:
             place = f"{number}/{len(self.suite.knowledge)}"
             self.progress(f"{title}, {place}: {task.name} {result['metric']} {result['main_score']:.4f}")
 
+    @cached_property
     def texts(self) -> list[str]:
         """Texts of the suite on which generators are compared and vectors examined."""
         return read_texts_of(self.suite, NUM_TEXTS)
@@ -386,7 +378,7 @@ class _Evaluation:
     def save(self) -> None:
         """Write what there is."""
         write_json(self.folder / "results.json", self.results.to_dict())
-        (self.folder / "results.md").write_text(render_markdown(self.results), encoding="utf-8")
+        write_text(self.folder / "results.md", render_markdown(self.results))
 
     def write_card(self, gem: Any) -> None:
         """Put the results into the model card of a checkpoint that is a folder."""
@@ -398,6 +390,16 @@ class _Evaluation:
             return
         update_card(folder / "README.md", self.results)
         self.progress(f"Written into {folder / 'README.md'}.")
+
+
+def _remember(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds; without one, what is computed, and written there."""
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    result = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    return result
 
 
 def named_base(gem: Any, config: EvalConfig) -> str | None:
@@ -446,4 +448,4 @@ def _digest_task(task: GenerationTask, limit: int | None) -> str:
     for path in (task.data, task.dev):
         if path is not None:
             digest.update(path.read_bytes())
-    return f"{task.name}-{digest.hexdigest()[:12]}".replace("/", "--")
+    return f"{task.name}-{digest.hexdigest()[:12]}"

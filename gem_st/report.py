@@ -247,8 +247,13 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON; what it does not know becomes text."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole, or not at all."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,8 @@ from statistics import fmean
 from typing import Any
 
 import yaml
+
+from .report import write_text
 
 GROUPS = {
     "Clustering": "Clust",
@@ -91,7 +92,7 @@ class EvalResults:
         """Take the checkpoint's results as those of its base, which is the same model."""
         for task, entry in list(self.generation.items()):
             own = {key: value for key, value in entry.items() if key not in ("baseline", "base", "difference")}
-            self.add_generation(task, copy.deepcopy(own), is_base=True)
+            self.add_generation(task, own, is_base=True)
 
     def generation_records(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Results of tasks that both have answered: the checkpoint's, and its base's."""
@@ -339,9 +340,7 @@ def update_card(path: Path, results: EvalResults) -> None:
     others = [result for result in card.data.eval_results or [] if not result.dataset_type.startswith(DATASETS)]
     card.data.eval_results = others + to_eval_results(results)
     card.data.model_name = card.data.model_name or results.name
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(str(card), encoding="utf-8")
-    part.replace(path)
+    write_text(path, str(card))
 
 
 def render_card_section(results: EvalResults) -> str:

@@ -181,7 +181,7 @@ def _make_task(entry: Mapping[str, Any], folder: Path) -> Any:
     if kind == "Classification":
         known, needed = [*known, "train"], ["train", "data"]
     _check_entry(entry, known, needed)
-    reader = LocalFiles(name, kind, folder, entry.get("columns") or {}, entry.get("limit"))
+    reader = LocalFiles(name, kind, entry.get("columns") or {}, entry.get("limit"))
     return MAKERS[kind](reader, *(folder / str(entry[key]) for key in needed))
 
 
@@ -191,7 +191,6 @@ class LocalFiles:
 
     name: str
     kind: str
-    folder: Path
     columns: Mapping[str, str]
     limit: int | None
     digest: Any = field(default_factory=hashlib.sha256)
