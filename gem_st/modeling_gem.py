@@ -19,7 +19,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import json
 import math
@@ -28,7 +29,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -78,6 +79,9 @@ SHARED_PREFIX_LENGTH, SHARED_PREFIX_SHARE = 8, 1 / 8
 
 Prompts = str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]]
 """A text, texts, the messages of a conversation, or conversations."""
+
+TESTED_TOGETHER = {"transformers": "5.24.0", "peft": "0.21.2"}
+"""Releases that passed all tests together, for whoever has others that do not fit each other."""
 
 RESERVED_TOKEN = re.compile(r"^[<\[>{]\W*(reserved|unused|place.?holder).*\d\W*$", re.IGNORECASE)
 """Names of vocabulary entries set aside by a model's authors, such as ``<|reserved_special_token_9|>``."""
@@ -197,7 +201,7 @@ def gem_attention_mask(
         "config": config,
         "inputs_embeds": segments.new_empty((num_rows, num_keys - num_past, 0), dtype=dtype),  # for its shape only
         "attention_mask": attention_mask.bool(),
-        "past_key_values": past_key_values,
+        cache_name(create_masks_for_generate): past_key_values,
     }
     may_attend = gem_mask_function(segments, text_ids)
     if config._attn_implementation == "flex_attention":
@@ -407,6 +411,12 @@ def draw_gem_rows(vectors: Tensor, num_gem_tokens: int, noise: float = 0.1) -> T
 
 # --------------------------------------------------------------------------------------------------------------------
 # Keys and values
+
+
+@lru_cache
+def cache_name(function: Callable[..., Any]) -> str:
+    """What a function of transformers, or a model's ``forward``, calls its cache: ``cache``, before 5.24 otherwise."""
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
 
 
 def tensors_of(cache: Any) -> list[tuple[Tensor, Tensor]]:
@@ -721,6 +731,7 @@ class GemTransformer(InputModule):
         self.max_seq_length = saved.get("max_seq_length") if max_seq_length is None else max_seq_length
         self.logit_scale = nn.Parameter(torch.tensor([saved.get("logit_scale", math.log(20.0))]))
 
+        self._check_runs(base)
         self._has_window = _has_window(self.model.config.get_text_config())
         self._can_cache = self._probe_cache()
         self._claim_gem_tokens(saved)
@@ -879,7 +890,7 @@ class GemTransformer(InputModule):
     def _add_lora(self, config: Any) -> Any:
         """Add an adapter to the model that computes GEM tokens; its weights are float32 whatever the base's are."""
         model = self._gem_model
-        model.add_adapter(config)
+        inject_adapter(model, config)
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.data = weight.data.float()
@@ -893,13 +904,29 @@ class GemTransformer(InputModule):
         if self.freeze_base:
             self.model.eval()
             if mode and any(getattr(m, "gradient_checkpointing", False) for m in self.adapter_model.modules()):
-                self.adapter_model.gradient_checkpointing_disable()  # it drops the cache; K tokens need none
+                _disable_checkpointing(self.adapter_model)  # it drops the cache; K tokens need none
         return self
 
     def _protect_generation(self) -> None:
         """Have ``generate`` never emit a GEM token, here and wherever the saved ``generation_config`` is read."""
         config = self.model.generation_config
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), *self.gem_token_ids})
+
+    @torch.no_grad()
+    def _check_runs(self, model_name_or_path: str) -> None:
+        """Run a quantised model once: whether its kernels take layers of this size is known to them alone."""
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        if quantizer is None or self.model.config._attn_implementation not in MASKED_ATTENTION:
+            return
+        try:
+            with _Evaluating(self.model):
+                self._last_hidden_state(self._probe(0, 1))
+        except (AssertionError, RuntimeError) as error:
+            method = quantizer.quantization_config.quant_method.name
+            raise ValueError(
+                f"{model_name_or_path} does not run on {self.model.device} when quantised by {method}: {error}. Leave "
+                "out quantization_config, or take a base with layers of other widths."
+            ) from error
 
     @torch.no_grad()
     def _check_is_causal(self, model_name_or_path: str) -> None:
@@ -974,7 +1001,7 @@ class GemTransformer(InputModule):
             try:
                 for part in (slice(0, 3), slice(3, 5)):
                     inputs = {"input_ids": ids[:, part], "position_ids": positions[:, part]}
-                    last = self._run(self.model, attention_mask=real[:, : part.stop], past_key_values=past, **inputs)
+                    last = self._run(self.model, past, attention_mask=real[:, : part.stop], **inputs)
             except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
                 return False
         return len(past.layers) > 0 and _is_same(last, whole[:, -2:])
@@ -1302,7 +1329,7 @@ class GemTransformer(InputModule):
         if num_shared < max(SHARED_PREFIX_LENGTH, SHARED_PREFIX_SHARE * float(lengths.float().mean())):
             return None
         past = DynamicCache()
-        return self._run(self.model, input_ids=input_ids[:1, :num_shared], past_key_values=past), past
+        return self._run(self.model, past, input_ids=input_ids[:1, :num_shared]), past
 
     def _causal_hidden_states(
         self,
@@ -1316,13 +1343,13 @@ class GemTransformer(InputModule):
         if shared is None:
             return self._last_hidden_state(input_ids, *((segments, attention_mask) if needs_mask else ()))
         states, past = _expand(shared, len(input_ids))
-        inputs: dict[str, Any] = {"input_ids": input_ids[:, states.shape[1] :], "past_key_values": past}
+        inputs: dict[str, Any] = {"input_ids": input_ids[:, states.shape[1] :]}
         if needs_mask:
             inputs["attention_mask"] = gem_attention_mask(
                 self.model.config, segments, attention_mask, self.model.dtype, past
             )
             inputs["position_ids"] = gem_position_ids(segments, attention_mask)[:, states.shape[1] :]
-        return torch.cat([states, self._run(self.model, **inputs)], dim=1)
+        return torch.cat([states, self._run(self.model, past, **inputs)], dim=1)
 
     def _staged_hidden_states(
         self,
@@ -1372,9 +1399,9 @@ class GemTransformer(InputModule):
         suffix_ids = input_ids[rows].gather(1, order).masked_fill(~is_real, self.pad_token_id)
         suffix_states = self._run(
             self.model,
+            cache_of((k[rows, :, -self.num_gem_tokens :] for k in layer) for layer in tensors_of(past)),
             input_ids=suffix_ids,
             position_ids=lengths[rows, None] + 1 + torch.arange(order.shape[1], device=order.device),
-            past_key_values=cache_of((k[rows, :, -self.num_gem_tokens :] for k in layer) for layer in tensors_of(past)),
         )
         index = rows[:, None].expand_as(order)[is_real], order[is_real]
         return states.index_put(index, suffix_states[is_real])
@@ -1387,7 +1414,7 @@ class GemTransformer(InputModule):
         states, past = _expand(shared or nothing, len(input_ids))
         if input_ids.shape[1] == states.shape[1]:
             return states, past
-        new_states = self._run(self.model, input_ids=input_ids[:, states.shape[1] :], past_key_values=past)
+        new_states = self._run(self.model, past, input_ids=input_ids[:, states.shape[1] :])
         return torch.cat([states, new_states], dim=1), past
 
     def _close_gaps(self, past: DynamicCache, is_text: Tensor) -> tuple[DynamicCache, Tensor]:
@@ -1419,10 +1446,10 @@ class GemTransformer(InputModule):
             mask = None
         return self._run(
             model,
+            past,
             inputs_embeds=self._gem_rows().expand(len(lengths), -1, -1),
             attention_mask=mask,
             position_ids=lengths[:, None].expand(shape),
-            past_key_values=past,
         )
 
     def _gem_rows(self) -> Tensor:
@@ -1445,13 +1472,13 @@ class GemTransformer(InputModule):
         position_ids = gem_position_ids(segments, attention_mask)
         return self._run(self.model, input_ids=input_ids, attention_mask=mask, position_ids=position_ids)
 
-    def _run(self, model: Any, **inputs: Any) -> Tensor:
-        """Run a model without its language-model head; a cache among the inputs is written to. Shape: ``(B, T, D)``"""
+    def _run(self, model: Any, past: DynamicCache | None = None, **inputs: Any) -> Tensor:
+        """Run a model without its language-model head; a cache is read, and written to. Shape: ``(B, T, D)``"""
         backbone = model.get_decoder() if model.base_model is model else model.base_model
-        past = inputs.get("past_key_values")
         if past is None:
             return backbone(use_cache=False, **inputs).last_hidden_state
         num_past = past.get_seq_length()
+        inputs[cache_name(type(backbone).forward)] = past
         states = backbone(use_cache=True, **inputs).last_hidden_state
         if past.get_seq_length() != num_past + states.shape[1]:
             raise RuntimeError(f"{type(backbone).__name__} did not write what it read to the cache it was given.")
@@ -1519,7 +1546,7 @@ class GemTransformer(InputModule):
                 if num_new:
                     positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -num_new:]
                     inputs = {"input_ids": ids[:, -num_new:], "attention_mask": real.long(), "position_ids": positions}
-                    self._run(self.model, **inputs, past_key_values=past)
+                    self._run(self.model, past, **inputs)
         return self._make_cache(past, ids, real)
 
     def _make_cache(self, past: DynamicCache, input_ids: Tensor, real: Tensor) -> GemCache:
@@ -1653,7 +1680,7 @@ class GemTransformer(InputModule):
             sequences = self._generate(
                 ids,
                 torch.ones_like(ids),
-                past_key_values=cache_of(memory.layers),
+                cache_of(memory.layers),
                 position_ids=memory.lengths[:, None] + 1 + torch.arange(-self.num_gem_tokens, 1, device=ids.device),
                 **{"do_sample": False, "max_new_tokens": longest - 1, **generate_kwargs},
             ).sequences
@@ -1697,10 +1724,10 @@ class GemTransformer(InputModule):
         """
         if (prompts is None) == (cache is None):
             raise ValueError("generate needs either prompts or a cache, and not both.")
-        is_single, state = False, {}
+        is_single, past = False, None
         if return_cache:
             self._require_cache()
-            state = {"past_key_values": DynamicCache()}
+            past = DynamicCache()
             if self._option("num_beams", generate_kwargs, 1) > 1:
                 raise ValueError("return_cache=True needs num_beams=1.")
         if cache is None:
@@ -1724,8 +1751,7 @@ class GemTransformer(InputModule):
             past = cache_of((tensor[:, :, :-1] for tensor in layer) for layer in cache.layers)
             names = ("num_beams", "num_return_sequences")
             past.batch_repeat_interleave(max(self._option(name, generate_kwargs, 1) for name in names))
-            state = {"past_key_values": past}
-        output = self._generate(ids, real, **state, **generate_kwargs)
+        output = self._generate(ids, real, past, **generate_kwargs)
         written = self._is_written(output.sequences[:, ids.shape[1] :], generate_kwargs)
         keep = F.pad(written, (ids.shape[1], 0), value=True)
         rows_and_masks = zip(output.sequences, keep, strict=True)
@@ -1733,19 +1759,21 @@ class GemTransformer(InputModule):
         text = texts[0] if is_single and len(texts) == 1 else texts
         return GeneratedText(text, self._cache_of_output(output, real, written)) if return_cache else text
 
-    def _generate(self, input_ids: Tensor, attention_mask: Tensor, **generate_kwargs: Any) -> Any:
+    def _generate(
+        self, input_ids: Tensor, attention_mask: Tensor, past: DynamicCache | None, **generate_kwargs: Any
+    ) -> Any:
         suppressed = {*(generate_kwargs.pop("suppress_tokens", None) or [])}
         if not self.freeze_base:
             suppressed |= {*self.gem_token_ids}
         if suppressed:
             generate_kwargs["suppress_tokens"] = sorted(suppressed)
-        if (past := generate_kwargs.get("past_key_values")) is not None:
+        if past is not None:
             if generate_kwargs.get("use_cache", True) is False:
                 raise ValueError("use_cache=False was given, but a cache is to be read or returned.")
             is_assisted = any(self._option(name, generate_kwargs) for name in ASSISTED_GENERATION)
             if is_assisted and past.get_seq_length():
                 raise ValueError(f"Assisted generation ({', '.join(ASSISTED_GENERATION)}) cannot start from a cache.")
-            generate_kwargs["use_cache"] = True
+            generate_kwargs |= {"use_cache": True, cache_name(create_masks_for_generate): past}
         generate_kwargs = {"pad_token_id": self.pad_token_id, **generate_kwargs, "return_dict_in_generate": True}
         with _Evaluating(self.model):
             return self.model.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
@@ -1755,8 +1783,9 @@ class GemTransformer(InputModule):
         sequences = output.sequences
         prompt_mask = prompt_mask.bool().repeat_interleave(len(sequences) // len(prompt_mask), dim=0)
         real = torch.cat([prompt_mask, written], dim=1)
-        num_read = output.past_key_values.get_seq_length()
-        cache = self._make_cache(output.past_key_values, sequences[:, :num_read], real[:, :num_read])
+        past = output[cache_name(create_masks_for_generate)]
+        num_read = past.get_seq_length()
+        cache = self._make_cache(past, sequences[:, :num_read], real[:, :num_read])
         rest = [ids[keep].tolist() for ids, keep in zip(sequences[:, num_read:], real[:, num_read:], strict=True)]
         with torch.no_grad():
             return self._append(cache, rest)
@@ -1867,7 +1896,7 @@ class GemTransformer(InputModule):
     @property
     def _has_lora(self) -> bool:
         """True if a PEFT adapter works on every token, as `SentenceTransformer.add_adapter` makes it."""
-        return bool(getattr(self.model, "_hf_peft_config_loaded", False))
+        return bool(getattr(self.model, "peft_config", None))
 
     def _remove_leftovers(self, folder: Path) -> None:
         """Remove what another form of checkpoint left in the folder, unless this one's base lies there."""
@@ -1894,11 +1923,12 @@ class GemTransformer(InputModule):
     def _save_adapter(self, folder: Path) -> None:
         """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""
         peft, model = _import_peft(), self._gem_model
-        if len(model.active_adapters()) != 1:
-            raise ValueError(f"One active adapter can be saved, but these are: {model.active_adapters()}.")
-        name = model.active_adapters()[0]
-        if any(getattr(module, "disable_adapters", None) is True for module in model.modules()):
-            raise ValueError("The adapter is disabled, so that a reload would differ. Call enable_adapters() first.")
+        status = peft.get_model_status(model)
+        if status.enabled is not True:
+            raise ValueError("The adapter is disabled, so that a reload would differ. Enable it in all layers first.")
+        if status.active_adapters == "irregular" or len(status.active_adapters) != 1:
+            raise ValueError(f"One active adapter can be saved, but these are: {status.active_adapters}.")
+        name = status.active_adapters[0]
         folder.mkdir(parents=True, exist_ok=True)
         lora = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         lora = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in lora.items()}
@@ -2029,7 +2059,8 @@ class GemTransformer(InputModule):
                 continue
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, merged)
-        self.model.delete_adapter(list(self.model.peft_config))
+        del self.model.peft_config
+        self.model._hf_peft_config_loaded = False
         self.model.requires_grad_(True)
         self.save_base = True
 
@@ -2096,7 +2127,27 @@ class GemTransformer(InputModule):
         )
 
 
-def _add_adapter_with_gem_rows(model: Any, gem_token_ids: list[int] | None, adapter_config: Any, *args: Any) -> None:
+def inject_adapter(model: Any, adapter_config: Any, adapter_name: str | None = None) -> None:
+    """Add a trainable adapter to a model of transformers by PEFT's own functions, and make it the active one.
+
+    Raises:
+        ImportError: If PEFT is missing, or it and transformers do not fit each other.
+        TypeError: If the configuration is none of PEFT's.
+        ValueError: If there is an adapter of that name.
+    """
+    peft, name = _import_peft(), adapter_name or "default"
+    if not isinstance(adapter_config, peft.PeftConfig):
+        raise TypeError(f"An adapter needs a PeftConfig, e.g. LoraConfig(...), got {type(adapter_config).__name__}.")
+    if name in getattr(model, "peft_config", {}):
+        raise ValueError(f"There is an adapter {name!r} already. Give the new one another adapter_name.")
+    with _OneLineForPeft():
+        peft.inject_adapter_in_model(adapter_config, model, name)
+    model._hf_peft_config_loaded = True  # as transformers marks a model that has an adapter
+
+
+def _add_adapter_with_gem_rows(
+    model: Any, gem_token_ids: list[int] | None, adapter_config: Any, adapter_name: str | None = None
+) -> None:
     """Have PEFT train the GEM tokens' embeddings along with a LoRA, and save them without the rest of the matrix.
 
     Raises:
@@ -2112,7 +2163,7 @@ def _add_adapter_with_gem_rows(model: Any, gem_token_ids: list[int] | None, adap
         adapter_config.trainable_token_indices = gem_token_ids
     elif isinstance(indices, list):
         adapter_config.trainable_token_indices = sorted({*indices, *gem_token_ids})
-    type(model).add_adapter(model, adapter_config, *args)
+    inject_adapter(model, adapter_config, adapter_name)
 
 
 def is_local(base: str) -> bool:
@@ -2180,11 +2231,24 @@ def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _import_peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("A LoRA needs PEFT: pip install peft") from error
-    return peft
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("A LoRA needs PEFT: pip install peft")
+    with _OneLineForPeft():
+        return importlib.import_module("peft")
+
+
+class _OneLineForPeft:
+    """Context in which an error of PEFT and transformers about each other's version says what to install."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *details: object) -> None:
+        is_of_version = isinstance(error, ValueError) and "version" in str(error)
+        if not is_of_version and not isinstance(error, ImportError | AttributeError):
+            return
+        installed = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in TESTED_TOGETHER)
+        command = " ".join(f"{name}=={version}" for name, version in TESTED_TOGETHER.items())
+        raise ImportError(f"{installed} do not work together ({error}). These do: pip install {command}") from error
 
 
 def share_weights(model: Any) -> Any:
@@ -2232,6 +2296,12 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
     return bool((first - second).abs().max() <= tolerance * first.abs().max())
 
 
+def _disable_checkpointing(model: Any) -> None:
+    """Turn activation checkpointing off, which transformers called gradient checkpointing before 5.24."""
+    is_new = hasattr(model, "activation_checkpointing_disable")
+    model.activation_checkpointing_disable() if is_new else model.gradient_checkpointing_disable()
+
+
 class _Evaluating:
     """Context in which a module is in evaluation mode; its former mode is restored."""
 
@@ -2246,6 +2316,16 @@ class _Evaluating:
     def __exit__(self, *exc_info: object) -> None:
         if self.is_needed:
             self.module.train(self.was_training)
+
+
+def _keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit layers for CPUs with bf16 instructions when they are first evaluated.
+
+    A packed layer passes no gradient on, and does not run below a width of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _keep_quantized_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -2366,4 +2446,5 @@ def _load_causal_lm(model_name_or_path: str, model_kwargs: dict[str, Any], confi
             f"{model_name_or_path} lacks weights of {type(model).__name__}: {missing}. They would be random; use a "
             "checkpoint saved with its language-model head (AutoModelForCausalLM, not AutoModel)."
         )
+    _keep_differentiable(model)
     return model

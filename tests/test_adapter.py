@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import check_peft_version
 
 from gem_st import GemLoss, GemTransformer
 
@@ -183,7 +188,9 @@ def test_any_change_in_memory_is_seen(frozen, tmp_path):
         with torch.no_grad():
             weight.copy_(kept)
     frozen.save_pretrained(str(tmp_path / "whole"))
-    frozen[0].adapter_model.disable_adapters()
+    for module in frozen[0].adapter_model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
     with pytest.raises(ValueError, match="adapter is disabled"):
         frozen.save_pretrained(str(tmp_path / "whole"))
 
@@ -372,6 +379,37 @@ def test_what_cannot_be_merged_or_added_says_why(frozen, make_model):
     model.add_adapter(LoraConfig(r=4, target_modules="all-linear"))
     with pytest.raises(ValueError, match=r"Merging into weights of torch\.bfloat16 would round them"):
         model[0].merge()
+
+
+def refuse_peft(*args: object, **kwargs: object) -> None:
+    """What transformers 5.24 does when PEFT is older than it likes."""
+    check_peft_version(min_version="99.0")
+
+
+@pytest.mark.parametrize("freeze_base", [True, False])
+def test_peft_and_transformers_that_refuse_each_other_are_named_with_what_to_install(
+    make_model, monkeypatch, freeze_base
+):
+    monkeypatch.setattr("peft.inject_adapter_in_model", refuse_peft)
+    versions = [f"{name} {re.escape(importlib.metadata.version(name))}" for name in ("transformers", "peft")]
+    message = rf"{' and '.join(versions)} do not work together \(.*99\.0\)\..*: pip install transformers==.* peft=="
+    add = partial(make_model, freeze_base=True) if freeze_base else partial(make_model().add_adapter, LoraConfig(r=4))
+    with pytest.raises(ImportError, match=message):
+        add()
+
+
+def test_what_peft_says_of_the_configuration_is_left_as_it_is(make_model):
+    with pytest.raises(ValueError, match=r"Target modules .*no_such_layer.* not found in the base model"):
+        make_model().add_adapter(LoraConfig(target_modules=["no_such_layer"]))
+    with pytest.raises(TypeError, match=r"needs a PeftConfig, e\.g\. LoraConfig\(\.\.\.\), got dict"):
+        make_model().add_adapter({"r": 4})
+
+
+def test_an_adapter_is_not_replaced_by_another_of_its_name(with_lora):
+    expected = with_lora.encode(TEXTS)
+    with pytest.raises(ValueError, match="There is an adapter 'default' already"):
+        with_lora.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    assert np.array_equal(with_lora.encode(TEXTS), expected)
 
 
 def test_without_peft_the_error_names_it(make_base, monkeypatch):

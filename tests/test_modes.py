@@ -21,6 +21,8 @@ QLORA = pytest.param(
     "qlora", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra qlora")
 )
 MODES = ["full", "frozen", "lora", QLORA]
+WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+"""Of the base: whole blocks of 64 weights, as bitsandbytes quantises them."""
 QUANTIZED = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
 
 
@@ -63,7 +65,7 @@ def trained(make_base, tmp_path_factory) -> Any:
     def get(mode: str) -> tuple[SentenceTransformer, Path]:
         if mode not in results:
             folder = tmp_path_factory.mktemp(mode)
-            results[mode] = train(make_base(), mode, folder), folder
+            results[mode] = train(make_base(**WIDTHS), mode, folder), folder
         return results[mode]
 
     return get
@@ -73,7 +75,7 @@ def trained(make_base, tmp_path_factory) -> Any:
 def test_what_was_trained_is_saved_and_reloaded(make_base, trained, mode):
     model, folder = trained(mode)
     torch.manual_seed(0)
-    start = EXAMPLE.build_model(str(make_base()), mode, 2).to("cpu")
+    start = EXAMPLE.build_model(str(make_base(**WIDTHS)), mode, 2).to("cpu")
     vectors = [each.encode(CORPUS, convert_to_tensor=True) for each in (model, load(folder, mode), start)]
     assert torch.equal(vectors[1], vectors[0])
     assert not torch.allclose(vectors[2], vectors[0], atol=1e-2)
@@ -85,7 +87,7 @@ def test_what_was_trained_is_saved_and_reloaded(make_base, trained, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_checkpoint_is_resumed_to_the_weights_of_an_uninterrupted_training(make_base, trained, tmp_path, mode):
     model, folder = trained(mode)
-    resumed = train(make_base(), mode, tmp_path / "out", resume=str(folder / "checkpoint-4"))
+    resumed = train(make_base(**WIDTHS), mode, tmp_path / "out", resume=str(folder / "checkpoint-4"))
     expected, result = (dict(each.named_parameters()) for each in (model, resumed))
     names = {name for name, weight in expected.items() if weight.requires_grad}
     assert names == {name for name, weight in result.items() if weight.requires_grad}
@@ -138,10 +140,53 @@ def test_the_example_trains_and_resumes(make_base, tmp_path, monkeypatch, mode):
         return run(trainer, resume_from_checkpoint=resume_from_checkpoint)
 
     monkeypatch.setattr(EXAMPLE.SentenceTransformerTrainer, "train", note)
-    options = ["--base", make_base(), "--texts", tmp_path / "texts.txt", "--output", tmp_path / "out", "--mode", mode]
+    base, texts, out = make_base(**WIDTHS), tmp_path / "texts.txt", tmp_path / "out"
+    options = ["--base", base, "--texts", texts, "--output", out, "--mode", mode]
     for more in (["--steps", "2"], ["--steps", "3", "--resume"]):
         monkeypatch.setattr("sys.argv", ["train", *map(str, options), "--batch-size", "4", *more])
         EXAMPLE.main()
     assert resumed_from == [None, str(tmp_path / "out" / "checkpoint-2")]
     assert (tmp_path / "out" / "checkpoint-3").exists()
-    assert load(tmp_path / "out", mode).encode(CORPUS).shape == (8, 32)
+    assert load(tmp_path / "out", mode).encode(CORPUS).shape == (8, 64)
+
+
+def lora_gradients(model: SentenceTransformer) -> dict[str, torch.Tensor]:
+    """Of a sum of squares, with every LoRA weight set to something."""
+    weights = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    for weight in weights.values():
+        weight.data = torch.linspace(-0.1, 0.1, weight.numel()).view_as(weight)
+    model.train()
+    model(model.preprocess(CORPUS))["sentence_embedding"].square().sum().backward()
+    return {name: weight.grad for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("widths", [WIDTHS, {}], ids=["whole blocks", "narrow"])
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra qlora")
+def test_gradients_pass_4_bit_layers_that_were_evaluated_before(make_base, widths):
+    from bitsandbytes.functional import dequantize_4bit
+
+    base, models = str(make_base(**widths)), []
+    for mode in ("qlora", "lora"):
+        torch.manual_seed(0)
+        models.append(EXAMPLE.build_model(base, mode, 1).to("cpu"))
+    quantized, dense = models
+    for name, weight in quantized.named_parameters():
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            dense.get_parameter(name).data = dequantize_4bit(weight.data, state)
+    vectors = [model.encode(CORPUS, convert_to_tensor=True) for model in models]
+    assert torch.allclose(*vectors, atol=1e-4)
+    gradients, expected = (lora_gradients(model) for model in models)
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())), name
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra qlora")
+def test_layers_that_the_kernel_does_not_take_are_named_in_one_sentence(make_base, monkeypatch):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("shape '[32, 0]' is invalid for input of size 16")
+
+    monkeypatch.setattr("bitsandbytes.matmul_4bit", refuse)
+    message = r"does not run on cpu when quantised by BITS_AND_BYTES: shape '\[32, 0\]'.*Leave out quantization_config"
+    with pytest.raises(ValueError, match=message):
+        EXAMPLE.build_model(str(make_base()), "qlora", 1)
