@@ -261,8 +261,8 @@ class GemLoss(nn.Module):
         +-------------------------------------------------+--------+
 
     Recommendations:
-        - Train weights kept in float32 with ``bf16=True`` in the training arguments: in bfloat16, steps of a
-          small learning rate are lost to rounding.
+        - Set ``bf16=True`` in the training arguments where the device has it: weights loaded without a ``dtype`` are
+          trained in float32, and saved as they were.
         - Use ``BatchSamplers.NO_DUPLICATES`` with pairs, so that no in-batch negative equals a positive.
 
     Raises:
@@ -297,6 +297,7 @@ class GemLoss(nn.Module):
     ) -> None:
         super().__init__()
         gem = gem_of(model, "GemLoss")
+        gem.train_in_float32()
         if tasks is not None:
             _check_tasks(tasks)
         if token_dropout is None:
@@ -333,7 +334,6 @@ class GemLoss(nn.Module):
             gem.require_attention_mask()
         logger.debug(f"Short texts are packed: {gem._can_pack}")  # looked at now, before weights may be sharded
         self.num_special = gem.num_special_tokens
-        _warn_of_low_precision(gem)
         use_gem_card(model)
 
     def _plan(self, column_names: Sequence[str] = (), has_labels: bool = False) -> RowPlan:
@@ -614,16 +614,6 @@ class GemLoss(nn.Module):
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}.")
-
-
-def _warn_of_low_precision(gem: Any) -> None:
-    dtypes = {p.dtype for p in gem.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
-    if dtypes:
-        logger.warning(
-            f"The weights to be trained are in {', '.join(map(str, dtypes))}, in which small optimizer steps are lost "
-            'to rounding. Load them with model_kwargs={"dtype": "float32"} and set bf16=True in the training '
-            "arguments to compute in bfloat16."
-        )
 
 
 def _find_trainer() -> tuple[BaseTrainer | None, list[str]]:

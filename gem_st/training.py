@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from zipfile import is_zipfile
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+from .modeling_gem import CHECKPOINT
 
 
 @dataclass(frozen=True)

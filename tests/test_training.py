@@ -235,11 +235,6 @@ def test_a_schedule_longer_than_the_training_is_warned_of(make_model, tmp_path, 
     assert "alpha stays 0 for all 1 steps" in warnings_of_transformers.text
 
 
-def test_low_precision_weights_are_warned_of(make_model, warnings_of_transformers):
-    GemLoss(make_model(model_kwargs={"dtype": torch.bfloat16}), alpha=0.5)
-    assert "lost to rounding" in warnings_of_transformers.text
-
-
 @pytest.mark.parametrize("freeze_base", [False, True])
 def test_columns_named_for_a_task_train_it(make_model, tmp_path, freeze_base):
     """The suffix is a next-token target, and the contrastive part has two views of the prefix."""
