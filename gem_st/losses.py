@@ -221,8 +221,8 @@ class GemLoss(nn.Module):
         token_dropout: Share of tokens deleted for the second view of a text, in [0, 1). Defaults to 0.7, and beside a
             frozen base to 0.85.
         alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
-            Defaults to :class:`gem_st.AlphaSchedule`, 0 for 100 steps and then rising; beside a frozen base to 1, or
-            0.7 where ``plain_ratio`` is below 1.
+            Defaults to :class:`gem_st.AlphaSchedule`, 0 for a fifth of the training and then rising; beside a frozen
+            base to 1, or 0.7 where ``plain_ratio`` is below 1.
         scale: Initial factor on cosine similarities (1 / temperature), in [1, 100]. It is learned with the model;
             by default it starts at what the model holds, which is 20 for a new one.
         inner: A loss of Sentence Transformers, made with the same model, instead of InfoNCE as the contrastive part.
@@ -385,7 +385,7 @@ class GemLoss(nn.Module):
         if state.global_step == 0 and alpha(last_step, last_step) == 0:
             logger.warning_once(
                 f"alpha stays 0 for all {last_step} steps of this training, so that embeddings are not trained to "
-                "differ. Pass alpha=AlphaSchedule(num_ntp_steps=...) with fewer steps, or a number."
+                "differ. Pass alpha=AlphaSchedule(num_ntp_steps=...) with fewer steps or a share below 1, or a number."
             )
         return value
 
