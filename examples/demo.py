@@ -35,7 +35,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import set_seed
 
-from gem_st import AlphaSchedule, GemLoss, GemModelCardData, GemTransformer
+from gem_st import GemLoss, GemModelCardData, GemTransformer
 from gem_st.evaluation import PerplexityEvaluator, perplexity
 from gem_st.model_card import describe_hardware
 
@@ -126,8 +126,6 @@ def build(args: argparse.Namespace, mode: str) -> SentenceTransformer:
 
 def train(model: SentenceTransformer, args: argparse.Namespace, mode: str) -> list[dict]:
     """Train on the sentences that the base model wrote; returns the trainer's log."""
-    full = {"alpha": AlphaSchedule(num_ntp_steps=args.steps // 5)}
-    loss = GemLoss(model, **(full if mode == "full" else {}))
     arguments = SentenceTransformerTrainingArguments(
         str(args.output / "trainer"),
         max_steps=args.steps,
@@ -142,7 +140,7 @@ def train(model: SentenceTransformer, args: argparse.Namespace, mode: str) -> li
         use_cpu=not torch.cuda.is_available(),
     )
     texts = load_dataset("text", data_files=str(args.data), split="train", cache_dir=str(args.output / "cache"))
-    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=texts, loss=loss)
+    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=texts, loss=GemLoss(model))
     trainer.train()
     return trainer.state.log_history
 

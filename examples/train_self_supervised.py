@@ -18,7 +18,7 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import BitsAndBytesConfig
 
-from gem_st import AlphaSchedule, GemLoss, GemTransformer, last_checkpoint
+from gem_st import GemLoss, GemTransformer, last_checkpoint
 
 
 def build_model(base: str, mode: str, num_gem_tokens: int) -> SentenceTransformer:
@@ -68,7 +68,7 @@ def main() -> None:
             bf16=torch.cuda.is_available(),
         ),
         train_dataset=load_dataset("text", data_files=args.texts, split="train"),
-        loss=GemLoss(model, alpha=None if args.mode == "frozen" else AlphaSchedule(num_ntp_steps=args.steps // 5)),
+        loss=GemLoss(model),
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output) if args.resume else None)
     trainer.save_model(args.output)  # by all processes, where there are several

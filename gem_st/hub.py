@@ -122,7 +122,7 @@ def export(model: SentenceTransformer, path: str | Path, *, format: str = "gem")
     gem = gem_of(model)
     if format == "stock":
         check_stock(model)
-    with _all_or_nothing(Path(path)) as folder:
+    with _all_or_nothing(Path(path)) as folder, gem.as_saved():
         if format == "stock":
             save_stock(model, folder, REFERENCE_TEXTS)
         else:

@@ -221,8 +221,8 @@ class GemLoss(nn.Module):
         token_dropout: Share of tokens deleted for the second view of a text, in [0, 1). Defaults to 0.7, and beside a
             frozen base to 0.85.
         alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
-            Defaults to :class:`gem_st.AlphaSchedule`, 0 for 100 steps and then rising; beside a frozen base to 1, or
-            0.7 where ``plain_ratio`` is below 1.
+            Defaults to :class:`gem_st.AlphaSchedule`, 0 for a fifth of the training and then rising; beside a frozen
+            base to 1, or 0.7 where ``plain_ratio`` is below 1.
         scale: Initial factor on cosine similarities (1 / temperature), in [1, 100]. It is learned with the model;
             by default it starts at what the model holds, which is 20 for a new one.
         inner: A loss of Sentence Transformers, made with the same model, instead of InfoNCE as the contrastive part.
@@ -261,8 +261,8 @@ class GemLoss(nn.Module):
         +-------------------------------------------------+--------+
 
     Recommendations:
-        - Train weights kept in float32 with ``bf16=True`` in the training arguments: in bfloat16, steps of a
-          small learning rate are lost to rounding.
+        - Set ``bf16=True`` in the training arguments where the device has it: weights loaded without a ``dtype`` are
+          trained in float32, and saved as they were.
         - Use ``BatchSamplers.NO_DUPLICATES`` with pairs, so that no in-batch negative equals a positive.
 
     Raises:
@@ -297,6 +297,7 @@ class GemLoss(nn.Module):
     ) -> None:
         super().__init__()
         gem = gem_of(model, "GemLoss")
+        gem.train_in_float32()
         if tasks is not None:
             _check_tasks(tasks)
         if token_dropout is None:
@@ -333,7 +334,6 @@ class GemLoss(nn.Module):
             gem.require_attention_mask()
         logger.debug(f"Short texts are packed: {gem._can_pack}")  # looked at now, before weights may be sharded
         self.num_special = gem.num_special_tokens
-        _warn_of_low_precision(gem)
         use_gem_card(model)
 
     def _plan(self, column_names: Sequence[str] = (), has_labels: bool = False) -> RowPlan:
@@ -385,7 +385,7 @@ class GemLoss(nn.Module):
         if state.global_step == 0 and alpha(last_step, last_step) == 0:
             logger.warning_once(
                 f"alpha stays 0 for all {last_step} steps of this training, so that embeddings are not trained to "
-                "differ. Pass alpha=AlphaSchedule(num_ntp_steps=...) with fewer steps, or a number."
+                "differ. Pass alpha=AlphaSchedule(num_ntp_steps=...) with fewer steps or a share below 1, or a number."
             )
         return value
 
@@ -614,16 +614,6 @@ class GemLoss(nn.Module):
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}.")
-
-
-def _warn_of_low_precision(gem: Any) -> None:
-    dtypes = {p.dtype for p in gem.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
-    if dtypes:
-        logger.warning(
-            f"The weights to be trained are in {', '.join(map(str, dtypes))}, in which small optimizer steps are lost "
-            'to rounding. Load them with model_kwargs={"dtype": "float32"} and set bf16=True in the training '
-            "arguments to compute in bfloat16."
-        )
 
 
 def _find_trainer() -> tuple[BaseTrainer | None, list[str]]:

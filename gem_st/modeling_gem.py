@@ -43,6 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file, logging
 from typing_extensions import Self
 
@@ -76,6 +77,15 @@ HUB_KWARGS = ("subfolder", "token", "cache_dir", "revision", "local_files_only")
 
 SHARED_PREFIX_LENGTH, SHARED_PREFIX_SHARE = 8, 1 / 8
 """Tokens that rows share at their start are computed once if they are as many, and as large a share of the batch."""
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+"""Data types of so few digits that the small steps of an optimizer are lost to rounding."""
+
+CHECKPOINT = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
+"""Names of the folders that a trainer resumes from."""
+
+WRAPPERS = re.compile(r"\b_(checkpoint_wrapped_module|fsdp_wrapped_module|orig_mod)\.")
+"""What activation checkpointing, FSDP and torch.compile add to the names of weights."""
 
 Prompts = str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]]
 """A text, texts, the messages of a conversation, or conversations."""
@@ -656,6 +666,8 @@ class GemTransformer(InputModule):
         gem_token_source: Where they come from, see :func:`choose_gem_token_ids`.
         max_seq_length: Tokens in a row, GEM tokens included.
         save_base: Whether checkpoints hold the base beside an adapter, or only name it; True by default.
+        save_dtype: Data type of the weights in checkpoints of full mode, e.g. ``torch.float32``. By default, None,
+            weights are saved as they are, those that :meth:`train_in_float32` cast as they were loaded.
         base_model_name_or_path: The base as checkpoints with an adapter name it.
         base_model_revision: Its commit on the Hub.
         logit_scale: Log of the factor on cosine similarities in :class:`gem_st.GemLoss`. Shape: ``(1,)``
@@ -714,12 +726,17 @@ class GemTransformer(InputModule):
         saved = self._load_gem_config(model_name_or_path, hub_kwargs)
         self._check_saved_settings(model_name_or_path, saved)
         self.save_base = saved.get("save_base", True)
+        self.save_dtype: torch.dtype | None = None
         base, base_kwargs = self._find_base(model_name_or_path, saved, hub_kwargs)
 
         self.tokenizer = AutoTokenizer.from_pretrained(base, **{**(processor_kwargs or {}), **base_kwargs})
         self.model = _load_causal_lm(
             base, {**(model_kwargs or {}), **base_kwargs}, {**(config_kwargs or {}), **base_kwargs}
         )
+        options = {**(config_kwargs or {}), **(model_kwargs or {})}
+        is_asked = options.get("dtype") is not None or options.get("torch_dtype") is not None
+        self._loaded_dtype = None if is_asked else self.model.dtype
+        self._stored_dtypes: dict[str, torch.dtype] = {}
         # In the Hub's cache files are links: their names lie in one folder, what they point to in another.
         config_path = Path(str(cached_file(base, "config.json", **{**hub_kwargs, **base_kwargs})))
         self._base_folder = config_path.absolute().parent
@@ -891,10 +908,77 @@ class GemTransformer(InputModule):
         """Add an adapter to the model that computes GEM tokens; its weights are float32 whatever the base's are."""
         model = self._gem_model
         inject_adapter(model, config)
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.data = weight.data.float()
+        _cast_trainable(model)
         return model
+
+    def train_in_float32(self) -> None:
+        """Have the weights that are trained in float32, unless a data type was asked for; :class:`gem_st.GemLoss` does.
+
+        In full mode that is the whole model. A LoRA is float32 whatever its base is, which stays as it is.
+        """
+        low = {weight.dtype for weight in self.model.parameters() if weight.requires_grad} & {*LOW_PRECISION}
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in low))
+        if not low:
+            return
+        if self._has_lora:
+            _cast_trainable(self.model)
+        elif self.model.dtype != self._loaded_dtype or getattr(self.model, "is_quantized", False):
+            logger.warning(
+                f"The weights to be trained are in {names}, in which small optimizer steps are lost to rounding. Load "
+                "them without `dtype`, which trains them in float32 and saves them as they were, and set bf16=True in "
+                "the training arguments to compute in bfloat16."
+            )
+        else:
+            held = _tensors_in(self.model)
+            self._stored_dtypes = {path: tensor.dtype for *_, path, tensor in held if tensor.dtype in LOW_PRECISION}
+            self.model.float()
+            logger.warning(
+                f"The weights are stored in {names}, in which small optimizer steps are lost to rounding. They are "
+                f"trained in float32, and saved in {names} again unless model[0].save_dtype is set."
+            )
+
+    @contextlib.contextmanager
+    def as_saved(self, device: str | None = None) -> Iterator[None]:
+        """Context in which the weights of the language model are in the data types that they are saved in.
+
+        They are copies; the weights themselves come back unchanged.
+
+        Args:
+            device: Where the copies are; beside the weights by default.
+        """
+        copies: dict[int, Tensor] = {}  # one for all owners of a tied weight
+        replaced, config_dtype = [], self.model.config.dtype
+        try:
+            for held, name, path, tensor in [] if self._is_adapter else _tensors_in(self.model):
+                dtype = self._saved_dtype(path, tensor)
+                if dtype == tensor.dtype:
+                    continue
+                if id(tensor) not in copies:
+                    cast = tensor.detach().to(device, dtype)
+                    copies[id(tensor)] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
+                replaced.append((held, name, tensor))
+                held[name] = copies[id(tensor)]
+            yield
+        finally:
+            for held, name, tensor in replaced:
+                held[name] = tensor
+            self.model.config.dtype = config_dtype  # which saving sets
+
+    def _saved_dtype(self, path: str, tensor: Tensor) -> torch.dtype:
+        """Data type in which a weight or buffer of the language model is saved."""
+        is_cast = path in self._stored_dtypes
+        if self.save_dtype is not None:
+            return self.save_dtype if is_cast or isinstance(tensor, nn.Parameter) else tensor.dtype
+        return self._stored_dtypes[path] if is_cast and tensor.dtype == torch.float32 else tensor.dtype
+
+    def _save_model(self, folder: Path, **kwargs: Any) -> None:
+        """Write the language model in the data types it is to be saved in.
+
+        A folder that a trainer resumes from gets the weights as they are, so that it goes on to the same ones.
+        """
+        is_resumable = any(CHECKPOINT.match(name) for name in (folder.name, folder.parent.name))
+        with contextlib.nullcontext() if is_resumable else self.as_saved("cpu"):
+            self.model.save_pretrained(folder, **kwargs)
 
     def train(self, mode: bool = True) -> GemTransformer:
         """Set training mode; a frozen base stays in evaluation mode, so that what it computes never changes."""
@@ -1875,7 +1959,7 @@ class GemTransformer(InputModule):
         if self.freeze_base and self.save_base:
             self._copy_base(folder, **kwargs)
         elif not self._is_adapter:
-            self.model.save_pretrained(folder, **kwargs)
+            self._save_model(folder, **kwargs)
         if self.save_base and not self._has_lora:
             if backend := getattr(self.tokenizer, "backend_tokenizer", None):
                 backend.no_truncation()
@@ -2249,6 +2333,24 @@ class _OneLineForPeft:
         installed = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in TESTED_TOGETHER)
         command = " ".join(f"{name}=={version}" for name, version in TESTED_TOGETHER.items())
         raise ImportError(f"{installed} do not work together ({error}). These do: pip install {command}") from error
+
+
+def _cast_trainable(model: nn.Module) -> None:
+    """Cast what is trained to float32, in place."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+def _tensors_in(module: nn.Module) -> list[tuple[dict[str, Any], str, str, Tensor]]:
+    """Each floating-point weight and buffer: what holds it, its name in there, its name in the module, the tensor."""
+    return [
+        (held, name, WRAPPERS.sub("", f"{prefix}.{name}"), tensor)
+        for prefix, owner in module.named_modules()
+        for held in (owner._parameters, owner._buffers)
+        for name, tensor in held.items()
+        if tensor is not None and tensor.is_floating_point()
+    ]
 
 
 def share_weights(model: Any) -> Any:

@@ -128,7 +128,9 @@ class TrainConfig:
     )
     lora_rank: Annotated[int | None, "Rank of the LoRA; 32 by default."] = None
     dtype: Annotated[
-        str | None, "Data type of the weights: float32, bfloat16, float16 or auto; float32 by default."
+        str | None,
+        "Data type of the weights: float32, bfloat16, float16 or auto; float32 by default, which full mode saves as "
+        "in the base.",
     ] = None
     trust_remote_code: Annotated[bool, "Run code that a base brings."] = False
 
@@ -139,9 +141,11 @@ class TrainConfig:
     token_dropout: Annotated[float | None, "Share of tokens deleted for the second view; 0.7, frozen 0.85."] = None
     scale: Annotated[float | None, "Initial factor on cosine similarities; 20 in a new model."] = None
     alpha: Annotated[float | None, "Constant weight of the contrastive loss, instead of a schedule."] = None
-    ntp_steps: Annotated[int | None, "Schedule of alpha: steps at 0; 100, or a fifth of a shorter training."] = None
+    ntp_steps: Annotated[float | None, "Schedule of alpha: steps at 0, or below 1 their share; a fifth."] = None
     final_alpha: Annotated[float | None, "Schedule of alpha: value at its end; 0.9."] = None
-    rise_steps: Annotated[int | None, "Schedule of alpha: steps of the rise; until the end, 0 for at once."] = None
+    rise_steps: Annotated[
+        float | None, "Schedule of alpha: steps of the rise, or their share; until the end, 0 for at once."
+    ] = None
 
     learning_rate: Annotated[float | None, "2e-4 of all weights (1e-5 to 1e-4 for billions), 5e-4 of a LoRA."] = None
     ntp_learning_rate: Annotated[float | None, "Rate while alpha is 0; learning_rate then falls along a cosine."] = None
@@ -220,16 +224,17 @@ class TrainConfig:
         new.max_length = new.max_length or min(512, context or 512)
         if context and new.max_length > context:
             raise ValueError(f"max_length {new.max_length} is more than the {context} tokens that the base can read.")
-        new.dtype = new.dtype or ("bfloat16" if self.mode == "qlora" else "float32")
+        if self.mode != "full":  # there, GemLoss has them in float32
+            new.dtype = new.dtype or ("bfloat16" if self.mode == "qlora" else "float32")
         new.lora_rank = None if self.mode == "full" else new.lora_rank or 32
         new._resolve_alpha(plan, learns_by_text=not freeze_base or plan.plain_ratio != 1)
         return new
 
     def _resolve_alpha(self, plan: RowPlan, learns_by_text: bool) -> None:
         if self.uses_schedule:
-            default = min(100, (self.steps or 0) // 5) if learns_by_text else 0
-            self.ntp_steps = default if self.ntp_steps is None else self.ntp_steps
-            self.final_alpha = 0.9 if self.final_alpha is None else self.final_alpha
+            default = AlphaSchedule() if learns_by_text else AlphaSchedule(num_ntp_steps=0)
+            self.ntp_steps = default.num_ntp_steps if self.ntp_steps is None else self.ntp_steps
+            self.final_alpha = default.final if self.final_alpha is None else self.final_alpha
         elif self.alpha is None and not callable(plan.alpha):
             self.alpha = plan.alpha
         if not learns_by_text and (self.alpha == 0 or self.ntp_steps):
@@ -397,6 +402,7 @@ def _check_ranges(config: TrainConfig) -> None:
                 f"in [{low:g}, {high:g}]" if high < math.inf else f"{low:g} or more" if low >= 1 or not low else "> 0"
             )
             raise ValueError(f"{name} must be {limits}, got {value!r}.")
+    AlphaSchedule(config.ntp_steps or 0, config.final_alpha or 0.0, config.rise_steps)
 
 
 def _check_combinations(config: TrainConfig) -> None:
@@ -705,7 +711,7 @@ def build_model(config: TrainConfig) -> SentenceTransformer:
     Args:
         config: Resolved settings.
     """
-    model_kwargs: dict[str, Any] = {**config.hub_kwargs, "dtype": config.dtype}
+    model_kwargs: dict[str, Any] = {**config.hub_kwargs, **({"dtype": config.dtype} if config.dtype else {})}
     if config.mode == "qlora":
         from transformers import BitsAndBytesConfig
 
@@ -733,9 +739,6 @@ def build_model(config: TrainConfig) -> SentenceTransformer:
 
         rank = config.lora_rank or 32
         model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-        for weight in model.parameters():
-            if weight.requires_grad:  # in lower precision small steps would be lost to rounding
-                weight.data = weight.data.float()
     return model
 
 

@@ -120,15 +120,20 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[tuple, Path] = {}
 
     def make(
-        architecture: str = "llama", *, num_reserved: int = 0, chat_template: str | None = None, **config: object
+        architecture: str = "llama",
+        *,
+        num_reserved: int = 0,
+        chat_template: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        **config: object,
     ) -> Path:
         tokenizer = build_tokenizer(num_reserved, chat_template)
         config.setdefault("vocab_size", max(tokenizer.get_vocab().values()) + 1)
-        key = (architecture, num_reserved, chat_template, *sorted(config.items()))
+        key = (architecture, num_reserved, chat_template, dtype, *sorted(config.items()))
         if key not in made:
             torch.manual_seed(0)
             folder = tmp_path_factory.mktemp(architecture)
-            ARCHITECTURES[architecture](**config).save_pretrained(folder)
+            ARCHITECTURES[architecture](**config).to(dtype).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             made[key] = folder
         return made[key]

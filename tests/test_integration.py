@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoModelForCausalLM, set_seed
 
-from gem_st import AlphaSchedule, GemLoss, GemTransformer
+from gem_st import GemLoss, GemTransformer
 from gem_st.evaluation import perplexity
 
 from .conftest import BASE_8M, ROOT, SHARED, quiet_arguments
@@ -38,7 +38,7 @@ def train(model: SentenceTransformer, texts: list[str], folder: Path, steps: int
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict({"text": texts}),
-        loss=GemLoss(model, alpha=None if model[0].freeze_base else AlphaSchedule(num_ntp_steps=steps // 5)),
+        loss=GemLoss(model),
     ).train()
 
 

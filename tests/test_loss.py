@@ -297,10 +297,28 @@ def test_alpha_schedule():
     assert AlphaSchedule(100)(50, 50) == 0
 
 
+def test_steps_below_one_are_a_share_of_the_training():
+    alpha = AlphaSchedule(num_ntp_steps=0.25, final=0.8, num_rise_steps=0.5)
+    assert [alpha(step, 40) for step in (0, 9, 10, 15, 20, 30, 40)] == pytest.approx([0, 0, 0, 0.2, 0.4, 0.8, 0.8])
+    assert [alpha(step, 4_000) for step in (999, 2_000, 3_000)] == pytest.approx([0, 0.4, 0.8])
+    assert [AlphaSchedule(0.2, 1.0, 0)(step, 13) for step in (2, 3)] == [0, 1]  # 2.6 is nearest to 3
+    assert AlphaSchedule(1, 1.0, 0)(0, 10) == 0  # one step
+    assert AlphaSchedule(1, 1.0, 0)(1, 10) == 1
+    assert AlphaSchedule(0.2, 1.0, 0)(0, 2) == 1  # a share of a training too short for it is none
+
+
+@pytest.mark.parametrize("options", [{"num_ntp_steps": 1.5}, {"num_rise_steps": -1}, {"num_ntp_steps": -0.1}])
+def test_numbers_of_steps_that_are_none_are_refused(options):
+    with pytest.raises(ValueError, match="shares below 1 or whole numbers of 0 or more, got AlphaSchedule"):
+        AlphaSchedule(**options)
+
+
 def test_two_phase_learning_rate():
     phases = TwoPhaseLearningRate(num_ntp_steps=100)
     rates = [phases.rate(step, 1100) for step in (0, 99, 100, 600, 1100)]
     assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 0.5e-5, 0.0])
+    by_share = TwoPhaseLearningRate(num_ntp_steps=0.25)
+    assert [by_share.rate(step, 8) for step in (1, 2, 5, 8)] == pytest.approx([1e-4, 1e-5, 0.5e-5, 0.0])
 
 
 # ---- what is refused

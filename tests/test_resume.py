@@ -113,34 +113,38 @@ def run(*args: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(make_base, tmp_path_factory) -> Callable[[bool], dict]:
+def uninterrupted(tmp_path_factory) -> Callable[[str, bool], dict]:
     """Function that gives what comes out of a training that nobody stops, with or without a frozen base."""
     if sys.platform == "linux":
         SPAWN.set_forkserver_preload([__name__])
-    results: dict[bool, dict] = {}
+    results: dict[tuple[str, bool], dict] = {}
 
-    def get(freeze_base: bool) -> dict:
-        if freeze_base not in results:
+    def get(base: str, freeze_base: bool) -> dict:
+        if (base, freeze_base) not in results:
             folder = str(tmp_path_factory.mktemp("uninterrupted") / "out")
-            assert run(str(make_base(attention_dropout=0.1)), freeze_base, folder) == 0
-            results[freeze_base] = torch.load(f"{folder}.pt", weights_only=False)
-        return results[freeze_base]
+            assert run(base, freeze_base, folder) == 0
+            results[base, freeze_base] = torch.load(f"{folder}.pt", weights_only=False)
+        return results[base, freeze_base]
 
     return get
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("place", "freeze_base"),
-    [*((place, False) for place in PLACES), *((place, True) for place in PLACES if place != "rng_state.pth")],
+    ("place", "freeze_base", "dtype"),
+    [
+        *((place, False, torch.float32) for place in PLACES),
+        *((place, True, torch.float32) for place in PLACES if place != "rng_state.pth"),
+        ("between", False, torch.bfloat16),
+    ],
 )
-def test_a_killed_training_goes_on_to_the_same_weights(make_base, uninterrupted, tmp_path, place, freeze_base):
-    base, folder = str(make_base(attention_dropout=0.1)), tmp_path / "out"
+def test_a_killed_training_goes_on_to_the_same_weights(make_base, uninterrupted, tmp_path, place, freeze_base, dtype):
+    base, folder = str(make_base(attention_dropout=0.1, dtype=dtype)), tmp_path / "out"
     assert run(base, freeze_base, str(folder), place) == -signal.SIGKILL
     assert (folder / f"checkpoint-{KILLED_AT}").exists() == (place != "between")
     assert last_checkpoint(folder) == str(folder / f"checkpoint-{SAVE_STEPS}")
     assert run(base, freeze_base, str(folder)) == 0
-    expected, result = uninterrupted(freeze_base), torch.load(f"{folder}.pt", weights_only=False)
+    expected, result = uninterrupted(base, freeze_base), torch.load(f"{folder}.pt", weights_only=False)
 
     keys = ("step", "loss", "ntp", "contrastive", "alpha", "scale", "learning_rate", "grad_norm")
     logs = [[[entry.get(key) for key in keys] for entry in each["log"]] for each in (expected, result)]
@@ -154,6 +158,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(make_base, uninterrupted,
     assert any("lora_B" in name for name in trained) == freeze_base
     assert ("0.gem_embeddings" if freeze_base else "0.model.model.embed_tokens.weight") in trained
     assert "0.logit_scale" in trained
+    assert {result["weights"][name].dtype for name in trained} == {torch.float32}
     assert result["log"][SAVE_STEPS]["scale"] != pytest.approx(20.0, abs=1e-4)  # moved before the checkpoint
     for name, weight in expected["weights"].items():
         assert torch.equal(result["weights"][name], weight), name
