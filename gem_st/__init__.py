@@ -1,14 +1,17 @@
 """GEM for Sentence Transformers: one decoder-only LLM that embeds text and keeps generating (arXiv 2506.04344)."""
 
-from ._version import __version__
-from .losses import GemLoss
-from .model_card import GemModelCardData
-from .modeling_gem import GemCache, GemMemory, GemTransformer, gem_attention_mask
-from .training import AlphaSchedule, TwoPhaseLearningRate, last_checkpoint
+from __future__ import annotations
 
-# The public name of the class, as numpy does it: checkpoints name `gem_st.GemTransformer`, and carry its file as
-# `gem_st.py`, so that they load alike with and without this package.
-GemTransformer.__module__ = "gem_st"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .losses import GemLoss
+    from .model_card import GemModelCardData
+    from .modeling_gem import GemCache, GemMemory, GemTransformer, gem_attention_mask
+    from .training import AlphaSchedule, TwoPhaseLearningRate, last_checkpoint
 
 __all__ = [
     "AlphaSchedule",
@@ -22,3 +25,24 @@ __all__ = [
     "gem_attention_mask",
     "last_checkpoint",
 ]
+
+_MODULES = {
+    "losses": ("GemLoss",),
+    "model_card": ("GemModelCardData",),
+    "modeling_gem": ("GemCache", "GemMemory", "GemTransformer", "gem_attention_mask"),
+    "training": ("AlphaSchedule", "TwoPhaseLearningRate", "last_checkpoint"),
+}
+"""Where the public names are: torch and transformers are imported with the first that is asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    for module, names in _MODULES.items():
+        if name in names:
+            return globals().setdefault(name, getattr(import_module(f".{module}", __name__), name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from ._version import __version__
-from .train import TrainConfig, load_config, parse_value
+from .train_config import TrainConfig, load_config, parse_value
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,7 +80,7 @@ def main(
 def _train_options(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command every setting of a training as an option, beside its own.
 
-    There is one list of them, :class:`gem_st.train.TrainConfig`. Options that are not given are None.
+    There is one list of them, :class:`gem_st.train_config.TrainConfig`. Options that are not given are None.
     """
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     hints = get_type_hints(TrainConfig, include_extras=True)

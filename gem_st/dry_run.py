@@ -18,7 +18,8 @@ from .data import share_rows
 from .dataset_checks import sample_rows
 from .model_card import draw_mask
 from .modeling_gem import GEM, LOGITS_BUDGET, PREFIX, SUFFIX, count_special_tokens
-from .train import TrainConfig, load_data, read_context
+from .train import load_data, read_context
+from .train_config import TrainConfig
 from .views import drop_tokens, split_text, takes_pairs
 
 COLORS = {PREFIX: typer.colors.CYAN, GEM: typer.colors.MAGENTA, SUFFIX: typer.colors.GREEN}

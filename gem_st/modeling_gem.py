@@ -2550,3 +2550,9 @@ def _load_causal_lm(model_name_or_path: str, model_kwargs: dict[str, Any], confi
         )
     _keep_differentiable(model)
     return model
+
+
+if __name__ == "gem_st.modeling_gem":
+    # The class's public name, as numpy does it: checkpoints name `gem_st.GemTransformer`, and carry this file as
+    # `gem_st.py`, so that they load alike with and without the package. A copy's class stays where it is found.
+    GemTransformer.__module__ = "gem_st"
