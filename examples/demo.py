@@ -21,6 +21,9 @@ import sys
 import time
 from pathlib import Path
 
+import gem_st  # noqa: F401  # first, as it keeps packages that are not used here quiet
+
+# isort: split
 import matplotlib as mpl
 import sentence_transformers
 import torch
@@ -54,7 +57,9 @@ SENTENCES = [
 BASE, PERPLEXITY = "base, mean pooling", "perplexity of held-out text"
 FRESH_PROCESS = """
 import json
+import logging
 import sys
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 from sentence_transformers import SentenceTransformer
 model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
 print(model.encode(["The cat sleeps on the sofa.", "A cat is resting."]).shape)

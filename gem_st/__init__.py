@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ __all__ = [
     "gem_attention_mask",
     "last_checkpoint",
 ]
+
+# PEFT imports bitsandbytes wherever it is installed, which then warns of a kernel that only its 4-bit layers would use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in record.getMessage()
+)
 
 _MODULES = {
     "losses": ("GemLoss",),

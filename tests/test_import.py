@@ -54,6 +54,12 @@ def test_importing_the_package_imports_no_torch():
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def test_packages_that_are_not_used_keep_quiet():
+    code = "import gem_st\nprint(gem_st.GemLoss.__name__)\nimport peft"
+    done = run_python(code)
+    assert (done.stdout.strip(), done.stderr) == ("GemLoss", "")
+
+
 def test_public_names_are_all_there():
     assert set(gem_st.__all__) == {"__version__", *(name for names in gem_st._MODULES.values() for name in names)}
     assert set(dir(gem_st)) >= set(gem_st.__all__)
