@@ -11,17 +11,28 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cards test test-fast test-floor test-engines lint clean
+.PHONY: help setup demo cards test test-fast test-newest test-floor constraints compatibility test-engines lint clean
+
+# $(call install,ENVIRONMENT,CONSTRAINTS,REQUIREMENTS): what builds the package is installed like all else, not fetched apart.
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet $(2) 'setuptools>=77' $$(grep '^torch==' constraints.txt)
+	$(1)/bin/pip install --quiet $(2) --no-build-isolation --editable '.[dev]' $(3)
+endef
+# $(call run_tests,ENVIRONMENT): RECORD=1 notes the run for docs/compatibility.md
+define run_tests
+	OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal --junitxml $(1)/junit.xml; status=$$?; \
+	if [ -n "$(RECORD)" ]; then $(1)/bin/python .ci/versions.py record $(1)/junit.xml; fi; \
+	exit $$status
+endef
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-setup: $(VENV)/.done ## Make the virtual environment: CPU torch, gem_st, tools
+setup: $(VENV)/.done ## Make the virtual environment of constraints.txt: CPU torch, gem_st, tools
 
 $(VENV)/.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(call install,$(VENV),--constraint constraints.txt)
 	touch $@
 
 demo: setup ## Train GEM on a small LLM, with a before/after table and a picture (BASE=model id or folder)
@@ -31,31 +42,44 @@ cards: demo ## Render the cards in model_cards, those of gem-base-8m from a new 
 	$(BIN)/python model_cards/render.py --demo $(OUT)
 
 test: setup lint ## Lint, then run all tests, in two processes (JOBS=n for others)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(call run_tests,$(VENV))
 
 test-fast: setup ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-floor: ## Run all tests on the oldest supported Sentence Transformers and transformers
+test-newest: ## Run all tests on today's releases of everything but torch, and say what differs from constraints.txt
+	rm -rf .venv-newest
+	$(call install,.venv-newest)
+	.venv-newest/bin/python .ci/versions.py diff
+	$(call run_tests,.venv-newest)
+
+test-floor: ## Run all tests on the oldest releases that pyproject.toml admits (PYTHON=python3.10 for the oldest Python)
+	rm -rf .venv-floor
 	$(PYTHON) -m venv .venv-floor
-	.venv-floor/bin/pip install --quiet --constraint constraints.txt torch
-	.venv-floor/bin/pip install --quiet --constraint constraints.txt --editable '.[test]' \
-		sentence-transformers==6.0.0 transformers==5.4.0
-	OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -n $(JOBS) --dist worksteal
+	.venv-floor/bin/pip install --quiet 'setuptools>=77'
+	.venv-floor/bin/pip install --quiet --no-build-isolation --editable '.[test]' $$($(PYTHON) .ci/versions.py floors)
+	.venv-floor/bin/python .ci/versions.py diff
+	$(call run_tests,.venv-floor)
+
+constraints: test-newest ## Make constraints.txt of today's releases, if their tests pass
+	.venv-newest/bin/python .ci/versions.py freeze > constraints.new && mv constraints.new constraints.txt
+
+compatibility: ## Make docs/compatibility.md of the runs that were noted
+	$(PYTHON) .ci/versions.py page > docs/compatibility.new && mv docs/compatibility.new docs/compatibility.md
 
 # Engines need packages that exclude each other, hence an environment each; llama-cpp-python is compiled.
 test-engines: setup ## Serve a stock export with ONNX Runtime, OpenVINO and llama.cpp and compare vectors (10 minutes)
 	rm -rf runs/engines
 	$(BIN)/python benchmarks/engines.py --engine torch
 	$(PYTHON) -m venv .venv-onnx
-	.venv-onnx/bin/pip install --quiet --constraint constraints.txt torch 'sentence-transformers[onnx]<6'
+	.venv-onnx/bin/pip install --quiet $$(grep '^torch==' constraints.txt) 'sentence-transformers[onnx]<6'
 	.venv-onnx/bin/python benchmarks/engines.py --engine onnx
 	$(PYTHON) -m venv .venv-openvino
-	.venv-openvino/bin/pip install --quiet --constraint constraints.txt torch 'sentence-transformers[openvino]>=6'
+	.venv-openvino/bin/pip install --quiet $$(grep '^torch==' constraints.txt) 'sentence-transformers[openvino]>=6'
 	.venv-openvino/bin/pip uninstall --quiet --yes torchvision  # a build for other torch than this one
 	.venv-openvino/bin/python benchmarks/engines.py --engine openvino
 	$(PYTHON) -m venv .venv-llama
-	.venv-llama/bin/pip install --quiet --constraint constraints.txt torch 'sentence-transformers>=6' gguf sentencepiece llama-cpp-python
+	.venv-llama/bin/pip install --quiet $$(grep '^torch==' constraints.txt) 'sentence-transformers>=6' gguf sentencepiece llama-cpp-python
 	.venv-llama/bin/pip download --quiet --no-deps --no-binary :all: --dest runs/engines llama-cpp-python
 	mkdir runs/engines/source && tar -xf runs/engines/llama_cpp_python-*.tar.gz -C runs/engines/source --strip-components 1
 	.venv-llama/bin/python benchmarks/engines.py --engine llama.cpp --llama-cpp runs/engines/source/vendor/llama.cpp
