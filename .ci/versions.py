@@ -25,7 +25,7 @@ CORE = ("torch", "transformers", "sentence-transformers", "peft", "accelerate", 
 
 HEADER = """\
 # Versions that passed all tests together, for `make demo`, `make test` and CI; the package itself has ranges.
-# Made by `make constraints` on {date} with Python {python}. Python 3.10 takes the newest that it can have, but for torch.
+# Made by `make constraints` on {date} with Python {python}. Python 3.10 takes the newest it can have.
 # Of torch a CPU build is enough for everything in this repository.
 """
 PAGE = """\
