@@ -22,6 +22,9 @@ from .train import load_data, read_context
 from .train_config import TrainConfig
 from .views import drop_tokens, split_text, takes_pairs
 
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+"""Training arguments by which activations are computed once more instead of kept; the second one's before 5.24."""
+
 COLORS = {PREFIX: typer.colors.CYAN, GEM: typer.colors.MAGENTA, SUFFIX: typer.colors.GREEN}
 NUM_SHOWN = 3
 MAX_SHOWN_TOKENS = 60
@@ -226,7 +229,7 @@ def estimate_memory(config: TrainConfig, num_columns: int, length: float) -> dic
     flowing, read, targets = count_tokens(config, num_columns, length)
     size = 4 if config.precision == "float32" else 2
     outputs = sum(m.nf if isinstance(m, Conv1D) else m.out_features for m in linears)
-    if config.training_arguments.get("gradient_checkpointing") and config.mode != "frozen":
+    if config.mode != "frozen" and any(config.training_arguments.get(name) for name in CHECKPOINTING):
         activations = flowing * (4 * num_layers * width + (2 * outputs * size) / num_layers + 16 * width)
     else:
         activations = flowing * (2 * outputs * size + 16 * num_layers * width)

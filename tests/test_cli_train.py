@@ -39,7 +39,7 @@ from gem_st.train import (
     train,
 )
 
-from .conftest import BASE_8M, CORPUS, ROOT
+from .conftest import BASE_8M, CHECKPOINTING, CORPUS, ROOT
 
 PAIRS = {"anchor": CORPUS, "positive": CORPUS[::-1]}
 
@@ -157,7 +157,7 @@ def test_defaults_of_the_modes_are_those_of_the_loss(make_config, make_base, mod
 
 def test_the_phase_of_alpha_0_is_a_share_of_the_training(make_config):
     config = make_config(steps=50).resolve(40, ["text"], 256)
-    assert config.ntp_steps == 0.2
+    assert (config.ntp_steps, config.rise_steps) == (0.1, 0.2)
     assert (config.learning_rate, config.final_alpha, config.max_length) == (2e-4, 0.9, 64)
 
 
@@ -624,7 +624,7 @@ def test_memory_counts_what_is_there(make_config, make_base):
     num_trained = 2 * 4 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 48)) + 32
     assert estimate_memory(frozen, 1, 10)["gradients"] * 2**30 == 4 * num_trained
     assert count_tokens(frozen, 2, 10) == (8, 80, 0)
-    less = make_config(training_arguments={"gradient_checkpointing": True}).resolve(40, ["text"], 256)
+    less = make_config(training_arguments=CHECKPOINTING).resolve(40, ["text"], 256)
     assert estimate_memory(less, 1, 10)["activations"] < estimate["activations"]
 
 

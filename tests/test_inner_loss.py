@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 from gem_st import GemLoss
 from gem_st.losses import info_nce
 
-from .conftest import CORPUS, quiet_arguments
+from .conftest import CHECKPOINTING, CORPUS, quiet_arguments
 
 PAIR, TRIPLET, SINGLE = (CORPUS[:4], CORPUS[4:]), (CORPUS[:3], CORPUS[3:6], CORPUS[5:8]), (CORPUS,)
 
@@ -233,9 +233,7 @@ def test_the_mini_batch_size_of_an_inner_loss_is_taken_over(make_model):
 # ---- in the trainer
 
 
-@pytest.mark.parametrize(
-    "options", [{"gradient_checkpointing": True}, {"bf16": True}, {"gradient_accumulation_steps": 2}]
-)
+@pytest.mark.parametrize("options", [CHECKPOINTING, {"bf16": True}, {"gradient_accumulation_steps": 2}])
 def test_mini_batches_go_with_other_savings(make_model, tmp_path, options):
     weights = []
     for size in (None, 2):

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from gem_st import AlphaSchedule, GemLoss, TwoPhaseLearningRate
 from gem_st.training import last_checkpoint
 
-from .conftest import CORPUS, quiet_arguments
+from .conftest import CHECKPOINTING, CORPUS, quiet_arguments
 
 
 def make_trainer(model, folder: Path, dataset=None, *, loss=None, callbacks=None, eval_dataset=None, **kwargs):
@@ -134,7 +134,7 @@ def test_evaluation_loss_is_deterministic_and_at_the_last_alpha(make_model, tmp_
 
 def test_a_loss_given_as_a_function_and_gradient_checkpointing(make_model, tmp_path):
     model = make_model(num_gem_tokens=2)
-    trainer = make_trainer(model, tmp_path, loss=GemLoss, gradient_checkpointing=True)
+    trainer = make_trainer(model, tmp_path, loss=GemLoss, **CHECKPOINTING)
     trainer.train()
     assert len(logged(trainer, "alpha")) == 6
 
