@@ -446,3 +446,10 @@ def test_a_cache_of_the_installed_package_serves_a_checkpoints_own_class(make_ge
     cache.save(tmp_path / "cache.safetensors")
     assert torch.equal(remote.summarize(GemCache.load(tmp_path / "cache.safetensors")), gem.summarize(cache))
     assert gem.reconstruct(memory) == remote.reconstruct(gem.compress(cache))
+
+
+def test_the_cache_goes_by_the_name_that_a_model_has_for_it():
+    def new(input_ids: torch.Tensor, cache: object = None) -> None: ...
+    def old(input_ids: torch.Tensor, past_key_values: object = None) -> None: ...
+
+    assert (modeling.cache_name(new), modeling.cache_name(old)) == ("cache", "past_key_values")
