@@ -217,8 +217,8 @@ class GemLoss(nn.Module):
             alone beside labels.
         token_dropout: Share of tokens deleted for the second view of a text, in [0, 1).
         alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
-            Defaults to :class:`gem_st.AlphaSchedule`, 0 for a tenth of the training and then rising to 0.9 within
-            a fifth; beside a frozen base to 1, or 0.7 where ``plain_ratio`` is below 1.
+            Defaults to :class:`gem_st.AlphaSchedule`, 0 for a fifth of the training and then rising to 0.9 at
+            its end; beside a frozen base to 1, or 0.7 where ``plain_ratio`` is below 1.
         scale: Initial factor on cosine similarities (1 / temperature), in [1, 100]. It is learned with the model;
             by default it starts at what the model holds, which is 20 for a new one.
         inner: A loss of Sentence Transformers, made with the same model, instead of InfoNCE as the contrastive part.

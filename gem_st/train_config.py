@@ -122,10 +122,10 @@ class TrainConfig:
     token_dropout: Annotated[float | None, "Share of tokens deleted for the second view; 0.7."] = None
     scale: Annotated[float | None, "Initial factor on cosine similarities; 20 in a new model."] = None
     alpha: Annotated[float | None, "Constant weight of the contrastive loss, instead of a schedule."] = None
-    ntp_steps: Annotated[float | None, "Schedule of alpha: steps at 0, or below 1 their share; a tenth."] = None
+    ntp_steps: Annotated[float | None, "Schedule of alpha: steps at 0, or below 1 their share; a fifth."] = None
     final_alpha: Annotated[float | None, "Schedule of alpha: value at its end; 0.9."] = None
     rise_steps: Annotated[
-        float | None, "Schedule of alpha: steps of the rise, or their share; a fifth, 0 for at once."
+        float | None, "Schedule of alpha: steps of the rise, or their share; until the end, 0 for at once."
     ] = None
 
     learning_rate: Annotated[float | None, "2e-4, lora and qlora 5e-4; 1e-5 to 1e-4 for billions of weights."] = None
@@ -221,7 +221,6 @@ class TrainConfig:
             default = AlphaSchedule() if learns_by_text else AlphaSchedule(num_ntp_steps=0)
             self.ntp_steps = default.num_ntp_steps if self.ntp_steps is None else self.ntp_steps
             self.final_alpha = default.final if self.final_alpha is None else self.final_alpha
-            self.rise_steps = default.num_rise_steps if self.rise_steps is None else self.rise_steps
         elif self.alpha is None and not callable(plan.alpha):
             self.alpha = plan.alpha
         if not learns_by_text and (self.alpha == 0 or self.ntp_steps):

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .modeling_gem import CHECKPOINT
 
-NTP_SHARE = 0.1
+NTP_SHARE = 0.2
 """Share of a training that is next-token prediction alone, unless another is asked for."""
 
 
@@ -46,7 +46,7 @@ class AlphaSchedule:
 
     num_ntp_steps: float = NTP_SHARE
     final: float = 0.9
-    num_rise_steps: float | None = 0.2
+    num_rise_steps: float | None = None
 
     def __post_init__(self) -> None:
         numbers = (self.num_ntp_steps, self.num_rise_steps or 0)

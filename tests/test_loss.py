@@ -290,12 +290,12 @@ def test_left_padded_columns_give_the_same_loss(make_model):
 
 
 def test_alpha_schedule():
-    alpha = AlphaSchedule(num_ntp_steps=100, final=0.9, num_rise_steps=None)
+    alpha = AlphaSchedule(num_ntp_steps=100, final=0.9)
     assert [alpha(step, 1000) for step in (0, 99, 100, 550, 1000)] == pytest.approx([0, 0, 0, 0.45, 0.9])
     assert [AlphaSchedule(100, 1.0, 0)(step, 1000) for step in (99, 100, 101)] == [0, 1, 1]
     assert [AlphaSchedule(10, 1.0, 20)(step, 1000) for step in (10, 20, 30, 40)] == [0, 0.5, 1, 1]
     assert AlphaSchedule(100)(50, 50) == 0
-    assert [AlphaSchedule()(step, 250) for step in (24, 25, 50, 75, 250)] == pytest.approx([0, 0, 0.45, 0.9, 0.9])
+    assert [AlphaSchedule()(step, 250) for step in (49, 50, 150, 250)] == pytest.approx([0, 0, 0.45, 0.9])
 
 
 def test_steps_below_one_are_a_share_of_the_training():
