@@ -47,8 +47,6 @@ NEED_MORE_THAN_EMBEDDINGS = (
     losses.Matryoshka2dLoss,
 )
 DEFAULT_TASKS, WHOLE_TASKS = ("reconstruction", "continuation"), ("reconstruction",)
-TOKEN_DROPOUT = 0.7
-"""Share of tokens deleted for the second view, unless another is asked for."""
 LAST_STEP = 10**9
 """Step at which an alpha schedule is read where there is no training whose last step could be read."""
 
@@ -136,6 +134,11 @@ def plan_rows(
     return RowPlan(tuple(chosen or (WHOLE_TASKS if has_labels else DEFAULT_TASKS)), plain_ratio, alpha)
 
 
+def default_token_dropout(freeze_base: bool) -> float:
+    """Share of tokens deleted for the second view, if not given."""
+    return 0.85 if freeze_base else 0.7
+
+
 @dataclass
 class _Column:
     """Rows made of one column of the data."""
@@ -215,7 +218,8 @@ class GemLoss(nn.Module):
             (context and summary) or ``"soft_prompt"`` (prompt and answer). By default the last two where the columns
             of the trainer's data bear these names and there is no ``inner``, otherwise the first two; reconstruction
             alone beside labels.
-        token_dropout: Share of tokens deleted for the second view of a text, in [0, 1).
+        token_dropout: Share of tokens deleted for the second view of a text, in [0, 1). Defaults to 0.7, and beside a
+            frozen base to 0.85.
         alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
             Defaults to :class:`gem_st.AlphaSchedule`, 0 for a fifth of the training and then rising to 0.9 at
             its end; beside a frozen base to 1, or 0.7 where ``plain_ratio`` is below 1.
@@ -284,7 +288,7 @@ class GemLoss(nn.Module):
         *,
         plain_ratio: float | None = None,
         tasks: Sequence[str] | None = None,
-        token_dropout: float = TOKEN_DROPOUT,
+        token_dropout: float | None = None,
         alpha: float | Callable[[int, int], float] | None = None,
         scale: float | None = None,
         inner: nn.Module | None = None,
@@ -296,6 +300,8 @@ class GemLoss(nn.Module):
         gem.train_in_float32()
         if tasks is not None:
             _check_tasks(tasks)
+        if token_dropout is None:
+            token_dropout = default_token_dropout(gem.freeze_base)
         if plain_ratio is not None:
             _check_range("plain_ratio", plain_ratio, 0.0, 1.0)
         _check_range("token_dropout", token_dropout, 0.0, 0.99)

@@ -119,7 +119,7 @@ class TrainConfig:
         float | None, "p, share of plain rows; 0.8, frozen 1, or 0.5 for summary and soft_prompt."
     ] = None
     tasks: Annotated[list[str] | None, "reconstruction, continuation, or of two columns summary, soft_prompt."] = None
-    token_dropout: Annotated[float | None, "Share of tokens deleted for the second view; 0.7."] = None
+    token_dropout: Annotated[float | None, "Share of tokens deleted for the second view; 0.7, frozen 0.85."] = None
     scale: Annotated[float | None, "Initial factor on cosine similarities; 20 in a new model."] = None
     alpha: Annotated[float | None, "Constant weight of the contrastive loss, instead of a schedule."] = None
     ntp_steps: Annotated[float | None, "Schedule of alpha: steps at 0, or below 1 their share; a fifth."] = None
@@ -128,7 +128,7 @@ class TrainConfig:
         float | None, "Schedule of alpha: steps of the rise, or their share; until the end, 0 for at once."
     ] = None
 
-    learning_rate: Annotated[float | None, "2e-4, lora and qlora 5e-4; 1e-5 to 1e-4 for billions of weights."] = None
+    learning_rate: Annotated[float | None, "2e-4 (1e-5 to 1e-4 of all weights of billions), lora and qlora 5e-4."] = None
     ntp_learning_rate: Annotated[float | None, "Rate while alpha is 0; learning_rate then falls along a cosine."] = None
     steps: Annotated[int | None, "Optimizer steps."] = None
     epochs: Annotated[float | None, "Passes over the data, instead of steps; 1."] = None
@@ -190,7 +190,7 @@ class TrainConfig:
         Raises:
             ValueError: If rows are longer than that, or nothing would be learned.
         """
-        from .losses import DEFAULT_TASKS, TOKEN_DROPOUT, plan_rows
+        from .losses import DEFAULT_TASKS, default_token_dropout, plan_rows
         from .views import check_columns
 
         new = dataclasses.replace(self, output=str(self.folder), precision=choose_precision(self.precision))
@@ -200,7 +200,7 @@ class TrainConfig:
         new.plain_ratio = plan.plain_ratio
         new.tasks = [] if plan.plain_ratio == 1 and plan.tasks == DEFAULT_TASKS else list(plan.tasks)
         if new.token_dropout is None:
-            new.token_dropout = TOKEN_DROPOUT
+            new.token_dropout = default_token_dropout(freeze_base)
         if new.learning_rate is None:
             new.learning_rate = 2e-4 if self.mode in ("full", "frozen") else 5e-4
         if new.steps is None:

@@ -95,7 +95,7 @@ def train(args: argparse.Namespace, texts: list[str] | Dataset, seed: int) -> tu
         model,
         plain_ratio=args.plain_ratio,
         tasks=args.tasks,
-        token_dropout=args.token_dropout or (0.85 if args.freeze_base else 0.7),
+        token_dropout=args.token_dropout,
         alpha=alpha,
         scale=args.scale,
     )
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="autocast; faster where the CPU has bf16 instructions")
     parser.add_argument("--plain-ratio", type=float, help="default: GemLoss's own, which depends on the mode")
     parser.add_argument("--tasks", nargs="+", default=["reconstruction", "continuation"])
-    parser.add_argument("--token-dropout", type=float, help="default: 0.7, frozen 0.85")
+    parser.add_argument("--token-dropout", type=float, help="default: GemLoss's own")
     parser.add_argument("--scale", type=float)
     parser.add_argument("--alpha", type=float, help="a number instead of the schedule below")
     parser.add_argument("--ntp-steps", type=int, default=30)
