@@ -52,7 +52,7 @@ def installed() -> dict[str, str]:
 def constrained() -> dict[str, str]:
     """Versions in the constraints file."""
     return dict(
-        re.findall(r"^([\w.-]+)==([^ ;]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+        re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     )
 
 
