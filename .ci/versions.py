@@ -24,7 +24,7 @@ CORE = ("torch", "transformers", "sentence-transformers", "peft", "accelerate", 
 """The packages that decide whether anything works."""
 
 HEADER = """\
-# Versions that are tested together, for `make demo`, `make test` and CI; the package itself has ranges.
+# Versions that passed all tests together, for `make demo`, `make test` and CI; the package itself has ranges.
 # Made by `make constraints` on {date} with Python {python}. Python 3.10 takes the newest it can have.
 # Of torch a CPU build is enough for everything in this repository.
 """

@@ -41,7 +41,8 @@ def test_the_page_is_made_of_the_runs_and_has_one_of_the_constraints(versions):
     assert (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8") == versions.page() + "\n"
     runs = [json.loads(line) for line in versions.RUNS.read_text().splitlines()]
     constraints = versions.constrained()
-    assert any(all(run[name] == constraints[name] for name in ("torch", "transformers", "peft")) for run in runs)
+    passed = [run for run in runs if run["failed"] == 0]
+    assert any(all(run[name] == constraints[name] for name in ("torch", "transformers", "peft")) for run in passed)
 
 
 def test_floors_are_those_of_the_package(versions):
