@@ -135,7 +135,7 @@ def train(model: SentenceTransformer, args: argparse.Namespace, mode: str) -> li
         str(args.output / "trainer"),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate if mode == "full" else args.frozen_learning_rate,
+        learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 20,
         logging_steps=10,
@@ -185,8 +185,7 @@ def main() -> None:
     parser.add_argument("--num-gem-tokens", type=int, default=4)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of full fine-tuning")
-    parser.add_argument("--frozen-learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -646,7 +646,7 @@ class GemTransformer(InputModule):
             and model allow.
         freeze_base: Leave the model as it is; train GEM embeddings, and a LoRA that is active only while GEM tokens are
             computed. Its settings are read from a GEM checkpoint.
-        lora_rank: Rank of that LoRA, 32 by default, on all linear layers; its ``lora_alpha`` is twice the rank.
+        lora_rank: Rank of that LoRA, 32 by default, on all linear layers; its ``lora_alpha`` is 8 times the rank.
         lora_kwargs: Further options of ``peft.LoraConfig``, e.g. ``{"lora_dropout": 0.1}``.
         model_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``, e.g. ``{"dtype": torch.float32}``.
         processor_kwargs: Passed to ``AutoTokenizer.from_pretrained``, e.g. ``{"padding_side": "left"}``.
@@ -761,7 +761,7 @@ class GemTransformer(InputModule):
             self._load_adapter(model_name_or_path, hub_kwargs)
         elif freeze_base:
             rank = 32 if lora_rank is None else lora_rank
-            options = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+            options = {"r": rank, "lora_alpha": 8 * rank, "target_modules": "all-linear"}
             if "layers_to_transform" in (lora_kwargs or {}):  # which PEFT does not take with "all-linear"
                 options["target_modules"] = self._linear_names()
             self._add_lora(_import_peft().LoraConfig(**_check_lora_kwargs({**options, **(lora_kwargs or {})})))

@@ -128,7 +128,7 @@ class TrainConfig:
         float | None, "Schedule of alpha: steps of the rise, or their share; until the end, 0 for at once."
     ] = None
 
-    learning_rate: Annotated[float | None, "2e-4 of all weights (1e-5 to 1e-4 for billions), 5e-4 of a LoRA."] = None
+    learning_rate: Annotated[float | None, "2e-4, lora and qlora 5e-4; 1e-5 to 1e-4 for billions of weights."] = None
     ntp_learning_rate: Annotated[float | None, "Rate while alpha is 0; learning_rate then falls along a cosine."] = None
     steps: Annotated[int | None, "Optimizer steps."] = None
     epochs: Annotated[float | None, "Passes over the data, instead of steps; 1."] = None
@@ -202,7 +202,7 @@ class TrainConfig:
         if new.token_dropout is None:
             new.token_dropout = default_token_dropout(freeze_base)
         if new.learning_rate is None:
-            new.learning_rate = 2e-4 if self.mode == "full" else 5e-4
+            new.learning_rate = 2e-4 if self.mode in ("full", "frozen") else 5e-4
         if new.steps is None:
             new.steps = count_steps(num_rows or 0, self)
         new.max_length = new.max_length or min(512, context or 512)

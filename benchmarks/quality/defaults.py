@@ -25,7 +25,7 @@ from gem_st import GemLoss, GemTransformer
 from gem_st.evaluation import perplexity
 from gem_st.report import describe_versions
 
-TEXTS = {"books": 0.4, "nli": 0.6}
+TEXTS = {"books": 0.2, "nli": 0.8}
 NUM_TEXTS = 8_000
 
 

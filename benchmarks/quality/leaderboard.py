@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "bf16": False,
     "pooling": "mean",
     "lora_rank": 32,
-    "lora_kwargs": {},
+    "lora_kwargs": {"lora_alpha": 64},
     "tasks": None,
     "plain_ratio": None,
     "token_dropout": None,

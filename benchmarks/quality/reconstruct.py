@@ -42,6 +42,7 @@ def train(args: argparse.Namespace, num_gem_tokens: int, texts: list[str], held_
         num_gem_tokens=num_gem_tokens,
         freeze_base=not args.full,
         lora_rank=None if args.full else args.lora_rank,
+        lora_kwargs=None if args.full else {"lora_alpha": 2 * args.lora_rank},
         max_seq_length=96,
         model_kwargs={"dtype": "float32"},
     )

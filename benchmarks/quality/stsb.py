@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--freeze-base", action="store_true")
     parser.add_argument("--lora-rank", type=int, default=32)
-    parser.add_argument("--lora-kwargs", type=json.loads, default={}, help="JSON, for peft's LoraConfig")
+    parser.add_argument("--lora-kwargs", type=json.loads, default={"lora_alpha": 64}, help="JSON, for PEFT")
     parser.add_argument("--pooling", default="mean")
     parser.add_argument("--num-gem-tokens", type=int, default=4)
     parser.add_argument("--steps", type=int, default=150)
