@@ -47,7 +47,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file, logging
 from typing_extensions import Self
 
-REQUIREMENTS = {"sentence-transformers": ">=6.0", "transformers": ">=5.4", "torch": ">=2.6"}
+REQUIREMENTS = {"sentence-transformers": ">=6.0", "transformers": ">=5.4", "torch": ">=2.7"}
 """What Sentence Transformers checks before it loads a checkpoint; older versions than that stop at the next lines."""
 
 try:

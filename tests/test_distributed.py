@@ -13,16 +13,25 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 
 from gem_st import GemTransformer
 
 from .conftest import CORPUS, ROOT
-from .train_distributed import JOBS, make_model, train
+from .train_distributed import JOBS, RESUMES_ON_CPU, make_model, train
 
 TEXTS = CORPUS * 2
 NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
-ENGINES = ["ddp", "fsdp2", *(pytest.param(f"deepspeed_zero{i}", marks=NEEDS_DEEPSPEED) for i in (2, 3))]
+NEEDS_TORCH = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13.0.dev"),
+    reason="torch 2.7 to 2.10 mix up the collectives of FSDP2 over gloo",
+)
+ENGINES = [
+    "ddp",
+    pytest.param("fsdp2", marks=NEEDS_TORCH),
+    *(pytest.param(f"deepspeed_zero{i}", marks=NEEDS_DEEPSPEED) for i in (2, 3)),
+]
 CONFIGS = ROOT / "examples" / "accelerate"
 
 
@@ -108,6 +117,7 @@ def test_two_processes_train_what_one_does(base, alone, launched, engine, name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not RESUMES_ON_CPU, reason="transformers before 5.17 resumes no two processes on the CPU")
 def test_two_processes_resume_to_the_same_weights(launched):
     folder = launched("ddp")
     assert json.loads((folder / "resume.json").read_text()) == [True, True]

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig
 from safetensors import torch as safetensors_torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -21,6 +23,9 @@ from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gem_st import GemLoss, GemTransformer
+
+RESUMES_ON_CPU = Version(transformers.__version__) >= Version("5.17")
+"""Older versions ask torch for the optimizer's states on ``cpu:0`` and ``cpu:1``, which it does not know."""
 
 STEPS, GLOBAL_BATCH, LEARNING_RATE = 3, 4, 0.05
 PLAIN = {"plain_ratio": 1.0, "token_dropout": 0.0, "alpha": 0.5}
@@ -159,7 +164,7 @@ def run_jobs(base: str, folder: str, texts: list[str]) -> None:
         result = train(base, f"{folder}/{name}", texts, job)
         torch.distributed.all_gather_object(results, result)
         Path(folder, f"{name}.json").write_text(json.dumps(results))
-    if not (is_fsdp or is_deepspeed):
+    if RESUMES_ON_CPU and not (is_fsdp or is_deepspeed):
         is_same = [None] * 2
         torch.distributed.all_gather_object(is_same, resume(base, f"{folder}/resume", texts))
         Path(folder, "resume.json").write_text(json.dumps(is_same))
