@@ -20,7 +20,16 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / ".ci" / "runs.jsonl"
-CORE = ("torch", "transformers", "sentence-transformers", "peft", "accelerate", "huggingface-hub", "bitsandbytes")
+CORE = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "huggingface-hub",
+    "bitsandbytes",
+)
 """The packages that decide whether anything works."""
 
 HEADER = """\
