@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .model_card import CITATION
+from .suite import require_mteb
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta
@@ -96,7 +96,7 @@ def model_meta(
         ImportError: If mteb is not installed.
         ValueError: If there is no such recipe, or a field does not hold what mteb wants.
     """
-    _check_mteb()
+    require_mteb()
     from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 
     if recipe is not None and recipe not in RECIPES:
@@ -167,15 +167,10 @@ def register(meta: ModelMeta) -> None:
 
 
 def _registry() -> dict[str, ModelMeta]:
-    _check_mteb()
+    require_mteb()
     from mteb.models.model_implementations import MODEL_REGISTRY
 
     return MODEL_REGISTRY
-
-
-def _check_mteb() -> None:
-    if importlib.util.find_spec("mteb") is None:
-        raise ImportError('An entry for mteb needs mteb: pip install "gem-st[eval]"')
 
 
 def main(args: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import math
 import random
@@ -76,8 +77,10 @@ def load_suite(name: str, knowledge: Iterable[str] | None = None) -> Suite:
         knowledge: Names of generation tasks instead of the suite's own: names in the file, or tasks of the Hub.
 
     Raises:
+        ImportError: If mteb is not installed.
         ValueError: If there is no such suite or task, or a file cannot be read; the message names file and row.
     """
+    require_mteb()
     path = Path(name).expanduser()
     if name in BENCHMARKS:
         tasks, known = _benchmark(name), {task: _of_hub(task) for task in KNOWLEDGE[name]}
@@ -91,6 +94,12 @@ def load_suite(name: str, knowledge: Iterable[str] | None = None) -> Suite:
     for task in chosen:
         check_task(task)
     return Suite(path.stem if path.suffix else name, tasks, chosen)
+
+
+def require_mteb() -> None:
+    """Raise with the line that installs it, if mteb is not there."""
+    if importlib.util.find_spec("mteb") is None:
+        raise ImportError("Scores of embeddings need mteb: pip install 'gem-st[eval]', with Python 3.11 or later.")
 
 
 def _of_hub(name: str) -> GenerationTask:

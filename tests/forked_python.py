@@ -110,8 +110,10 @@ def become(args: list[str], env: dict[str, str], cwd: str, outputs: list[str]) -
 
 if __name__ == "__main__":
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # takes seconds, where PEFT finds it
+    path = list(sys.path)
     for name in PRELOADED:
         importlib.import_module(name)
+    sys.path[:] = path  # some add a folder of their own
     if any(name.partition(".")[0] == "gem_st" for name in sys.modules):
         sys.exit("gem_st was imported by the server")
     gc.collect()

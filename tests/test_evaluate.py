@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from gem_st.scoring import score_task
 from gem_st.suite import load_suite, read_texts_of
 
 from .conftest import CORPUS, ROOT
+
+pytestmark = pytest.mark.skipif(find_spec("mteb") is None, reason="mteb needs Python 3.11")
 
 SUITE = """
 tasks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from gem_st.scoring import fingerprint, limit_task, score_task
 from gem_st.suite import PAPER_TASKS, load_suite, read_texts_of, sample_indices
 
 from .conftest import CORPUS, SHARED
+
+pytestmark = pytest.mark.skipif(find_spec("mteb") is None, reason="mteb needs Python 3.11")
 
 SUBJECTS = ["cat", "dog", "horse", "train", "bus", "boat"]
 VERBS = ["sleeps", "waits", "moves", "stops", "turns", "shines"]
@@ -328,3 +331,9 @@ def test_the_suite_of_the_leaderboard_loads(tmp_path: Path) -> None:
     for folder in (SHARED / "data").iterdir():
         (tmp_path / folder.name).symlink_to(folder)
     assert len(load_suite(str(tmp_path / "suite.yaml")).tasks) == 7
+
+
+def test_without_mteb_a_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("gem_st.suite.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"need mteb: pip install 'gem-st\[eval\]', with Python 3.11"):
+        load_suite("smoke")

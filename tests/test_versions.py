@@ -27,7 +27,7 @@ def test_the_constraints_name_one_version_of_everything_that_is_needed(versions)
     constraints = versions.constrained()
     wanted = re.findall(r'"([\w-]+)(?:\[\w+\])?(?:[>!=<]=|")', (ROOT / "pyproject.toml").read_text())
     needed = {name for name in wanted if name in versions.installed()}
-    assert {"torch", "transformers", "peft", "setuptools", "pytest", "mteb"} <= needed
+    assert {"torch", "transformers", "peft", "setuptools", "pytest", "lm-eval"} <= needed
     assert needed <= constraints.keys()
     assert "gem-st" not in constraints
 
