@@ -15,7 +15,6 @@ import yaml
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
-from gem_st import mteb_meta
 from gem_st.instructions import task_prompts
 from gem_st.mteb_meta import RECIPES, main, model_meta, register
 
