@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .lora import merge_lora
     from .losses import GemLoss
     from .model_card import GemModelCardData
-    from .modeling_gem import GemCache, GemMemory, GemTransformer, gem_attention_mask
+    from .modeling.gem_cache import GemCache, GemMemory
+    from .modeling.gem_mask import gem_attention_mask
+    from .modeling.gem_transformer import GemTransformer
     from .training import AlphaSchedule, TwoPhaseLearningRate, last_checkpoint
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "__version__",
     "gem_attention_mask",
     "last_checkpoint",
+    "merge_lora",
 ]
 
 # PEFT imports bitsandbytes wherever it is installed, which then warns of a kernel that only its 4-bit layers would use.
@@ -33,9 +37,12 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 )
 
 _MODULES = {
+    "lora": ("merge_lora",),
     "losses": ("GemLoss",),
     "model_card": ("GemModelCardData",),
-    "modeling_gem": ("GemCache", "GemMemory", "GemTransformer", "gem_attention_mask"),
+    "modeling.gem_transformer": ("GemTransformer",),
+    "modeling.gem_cache": ("GemCache", "GemMemory"),
+    "modeling.gem_mask": ("gem_attention_mask",),
     "training": ("AlphaSchedule", "TwoPhaseLearningRate", "last_checkpoint"),
 }
 """Where the public names are: torch and transformers are imported with the first that is asked for."""

@@ -242,7 +242,9 @@ def export(
             model_kwargs={"dtype": dtype},
         )
         if merge:
-            loaded[0].merge()
+            from .lora import merge_lora
+
+            merge_lora(loaded)
         folder = hub.export(loaded, path, format=format.value)
     _print(
         {"path": str(folder), "format": format.value}, as_json, f"Written to {folder}. Check it: gem-st verify {folder}"

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from .views import split_messages
+from .losses.rows import split_messages
 
 EXTENSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {}),
@@ -159,7 +159,7 @@ def _features_of(dataset: Any, name: str) -> dict[str, str]:
 
 
 def split_conversations(dataset: Any, tokenizer: Any) -> Any:
-    """Turn a column ``messages`` into ``prompt`` and ``answer``, as :func:`gem_st.views.split_messages` does."""
+    """Turn a column ``messages`` into ``prompt`` and ``answer``, as :func:`gem_st.losses.rows.split_messages` does."""
     from datasets import Features, Value
 
     features = Features({"prompt": Value("string"), "answer": Value("string")})

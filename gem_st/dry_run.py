@@ -15,12 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from .data import share_rows
-from .dataset_checks import sample_rows
+from .losses.dataset_checks import sample_rows
+from .losses.next_token import LOGITS_BUDGET
+from .losses.rows import drop_tokens, split_text, takes_pairs
 from .model_card import draw_mask
-from .modeling_gem import GEM, LOGITS_BUDGET, PREFIX, SUFFIX, count_special_tokens
+from .modeling.gem_mask import GEM, PREFIX, SUFFIX
+from .modeling.gem_text import count_special_tokens
 from .train import load_data, read_context
 from .train_config import TrainConfig
-from .views import drop_tokens, split_text, takes_pairs
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 """Training arguments by which activations are computed once more instead of kept; the second one's before 5.24."""

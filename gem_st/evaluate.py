@@ -24,7 +24,7 @@ from . import hub
 from .baselines import BASELINES, build_baseline, set_padding_token
 from .generation import GenerationTask, evaluate_generation, retry_smaller
 from .health import measure_health
-from .modeling_gem import is_local
+from .modeling.gem_files import is_local
 from .report import describe_versions, write_json, write_text
 from .retention import compare_generators
 from .scores import EvalResults, draw_bars, render_markdown, update_card

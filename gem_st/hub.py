@@ -50,9 +50,11 @@ from sentence_transformers import __version__ as sentence_transformers_version
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from . import modeling_gem
 from ._version import __version__
 from .model_card import MODEL_ID, card_facts, gem_of, render_card
+from .modeling import gem_transformer
+from .modeling.gem_checkpoint import CODE_FILE, CODE_NAME, hash_code, hash_files
+from .modeling.gem_files import is_local
 from .stock import STOCK_FOLDER, check_stock, read_json, save_stock, write_json
 
 logger = logging.get_logger(__name__)
@@ -79,6 +81,11 @@ PLAIN_MODULES = r"sentence_transformers\.[\w.]+\.(Normalize|Dense|LayerNorm|Drop
 ADVICE = "Read it, then pass trust_remote_code=True (--trust-remote-code) to run it"
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.msgpack", "*.h5")
+RELEASED_CODE = {
+    "7ac3830fe66b0b7b516ee391c9091b93bb69aa98852729dd1732a086f96557ee": "0.1.0",
+}
+"""SHA-256 of the code that checkpoints of released versions carry, which is read without being asked for trust."""
+
 NO_REFERENCE = "no gem_reference.json, which `gem-st export` and `gem-st push` write"
 
 READ_UNASKED = (
@@ -89,7 +96,7 @@ READ_UNASKED = (
 
 OWN_FILES = re.compile(
     r"(generation_|gem_|tokenizer_)?config\.json|config_sentence_transformers\.json|modules\.json|tokenizer\.json"
-    r"|gem_st\.py|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja|gem_adapter/[\w.]+"
+    r"|gem_\w+\.py|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja|gem_adapter/[\w.]+"
 )
 """Files of a checkpoint that was pushed without a list of them."""
 
@@ -340,15 +347,34 @@ def _check_code(folder: Path, names: list[str], reference: dict[str, Any], trust
     code = [name for name in names if name.endswith(".py")]
     if reference.get("format") == "stock" and not code:
         return Check("remote code", True, "none, none needed")
-    if code != ["gem_st.py"]:
-        return Check("remote code", False, f"gem_st.py and nothing else was expected, found {code}")
-    digest = _hash(folder / "gem_st.py")
-    named = read_json(folder / "gem_config.json").get("remote_code_sha256")
-    if digest != named:
-        return Check("remote code", False, f"gem_st.py has SHA-256 {digest}, gem_config.json names {named}")
+    settings = read_json(folder / "gem_config.json")
+    named = settings.get("remote_code") or {CODE_FILE: settings.get("remote_code_sha256")}
+    if code != sorted(named):
+        return Check("remote code", False, f"{sorted(named)} and nothing else was expected, found {code}")
+    hashes = {name: _hash(folder / name) for name in code}
+    for name, digest in hashes.items():
+        if digest != named[name]:
+            return Check("remote code", False, f"{name} has SHA-256 {digest}, gem_config.json names {named[name]}")
+    if (digest := hash_files(hashes)) != settings.get("remote_code_sha256"):
+        return Check("remote code", False, f"all have SHA-256 {digest}, gem_config.json names another")
     if foreign := _foreign_code(partial(_fetch, folder, revision=None, token=None)):
         return Check("remote code", trust_remote_code, foreign if trust_remote_code else f"{foreign}. {ADVICE}")
-    return Check("remote code", True, f"that of gem_st {__version__}, SHA-256 {digest[:16]}")
+    return Check("remote code", True, f"that of gem_st {_known_code()[digest]}, SHA-256 {digest[:16]}")
+
+
+def _known_code() -> dict[str, str]:
+    """SHA-256 of the code that checkpoints carry, and the version it is of: released ones, and the installed."""
+    return {**RELEASED_CODE, hash_files(hash_code(gem_transformer.__file__)): __version__}
+
+
+def _hash_code(fetch: Callable[[str], Path | None]) -> str | None:
+    """SHA-256 of the code that a checkpoint says it runs; None if some of it is missing."""
+    config = fetch("gem_config.json")
+    names = (read_json(config).get("remote_code") if config else None) or [CODE_FILE]
+    paths = {name: fetch(name) if CODE_NAME.fullmatch(name) else None for name in names}
+    if any(path is None for path in paths.values()):
+        return None
+    return hash_files({name: _hash(path) for name, path in paths.items() if path})
 
 
 def _foreign_code(fetch: Callable[[str], Path | None]) -> str | None:
@@ -359,10 +385,10 @@ def _foreign_code(fetch: Callable[[str], Path | None]) -> str | None:
     Args:
         fetch: Gives the path of a file by its name.
     """
-    code, modules = fetch("gem_st.py"), fetch("modules.json")
-    if code is None or modules is None:
-        return "gem_st.py or modules.json is missing"
-    if (digest := _hash(code)) != _hash(Path(modeling_gem.__file__)):
+    digest, modules = _hash_code(fetch), fetch("modules.json")
+    if digest is None or modules is None:
+        return "its code or modules.json is missing"
+    if digest not in _known_code():
         return f"not that of gem_st {__version__}, SHA-256 {digest}"
     first, *others = ((module["type"], module["path"]) for module in read_json(modules))
     foreign = [name for name, _ in others if not re.fullmatch(PLAIN_MODULES, name)]
@@ -385,10 +411,9 @@ def _check_card(folder: Path) -> Check:
     expected = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
     wrong = [f"{key} is {data.get(key)!r}, not {value!r}" for key, value in expected.items() if data.get(key) != value]
     wrong += ["the tag gem is missing"] if "gem" not in data.get("tags", []) else []
-    code = folder / "gem_st.py"
-    if code.exists() and _hash(code) not in card.text:
-        wrong.append("it does not name the SHA-256 of gem_st.py")
-    if code.exists():
+    digest = _hash_code(partial(_fetch, folder, revision=None, token=None))
+    if (folder / CODE_FILE).exists():
+        wrong += [] if digest and digest in card.text else ["it does not name the SHA-256 of the code"]
         settings, facts = read_json(folder / "gem_config.json"), card_facts(card.text)
         mode = "frozen base" if settings.get("freeze_base") else "full"
         wrong += [] if facts.get("mode", mode) in (mode, "LoRA on every token") else [f"it says mode {facts['mode']}"]
@@ -644,7 +669,7 @@ def _check_source(model: Any, trust_remote_code: bool) -> Any:
 def _check_base_is_public(settings: dict[str, Any]) -> None:
     """Make sure that an adapter that goes to the Hub names its base by an id that others can fetch."""
     base = settings.get("base_model_name_or_path", "")
-    if not settings.get("save_base", True) and modeling_gem.is_local(base):
+    if not settings.get("save_base", True) and is_local(base):
         raise ValueError(
             f"The adapter names its base by a folder of this machine, {base}. Set model[0].base_model_name_or_path "
             "(and base_model_revision) to the base's Hub id, or save it with its base: model[0].save_base = True."

@@ -19,7 +19,8 @@ from torch import nn
 from transformers.utils import cached_file, logging
 
 from ._version import __version__
-from .modeling_gem import gem_mask_function, gem_segments, is_local
+from .modeling.gem_files import is_local
+from .modeling.gem_mask import gem_mask_function, gem_segments
 
 logger = logging.get_logger(__name__)
 
@@ -113,7 +114,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
         """What the template knows as ``gem``."""
         gem, model = gem_of(self.model), self.model
         assert model is not None
-        mode = "frozen" if gem.freeze_base else "lora" if gem._has_lora else "full"
+        mode = gem.mode
         num_trained = sum(p.numel() for p in gem.parameters() if p.requires_grad) - gem.logit_scale.numel()
         letters, mask = draw_mask(min(gem.num_gem_tokens, 4))
         citations = {"GEM": CITATION, **{name: text for name, text in self.citations.items() if text != CITATION}}
@@ -130,7 +131,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
             "num_parameters": gem.model.num_parameters(),
             "num_trained_parameters": gem.model.num_parameters() if mode == "full" else num_trained,
             "holds_base": gem.save_base and mode != "lora",
-            "can_cache": gem._can_cache,
+            "can_cache": gem.facts.can_cache,
             "prompts": {name: text for name, text in model.prompts.items() if text},
             "letters": letters,
             "mask": mask,
@@ -156,7 +157,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
         text = super().to_yaml(line_break)
         if self.model is None or not self.base_model:
             return text
-        is_adapter = gem_of(self.model).freeze_base or gem_of(self.model)._has_lora
+        is_adapter = gem_of(self.model).mode != "full"
         return f"{text}\nbase_model_relation: {'adapter' if is_adapter else 'finetune'}"
 
 
@@ -280,9 +281,9 @@ def gem_of(model: Any, needed_by: str = "This") -> Any:
 
 def _other_dtype(gem: Any, mode: str) -> str | None:
     """Data type of the model, if it is not the one that its base is loaded in by default."""
-    if mode == "full" or not (gem._base_folder / "config.json").exists():
+    if mode == "full" or not (gem.source.folder / "config.json").exists():
         return None
-    config = json.loads((gem._base_folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((gem.source.folder / "config.json").read_text(encoding="utf-8"))
     dtype = str(gem.model.dtype).removeprefix("torch.")
     return None if dtype == (config.get("dtype") or config.get("torch_dtype") or dtype) else dtype
 

@@ -22,8 +22,8 @@ from ._version import __version__
 from .data import TrainData
 from .evaluation import PerplexityEvaluator
 from .losses import GemLoss
+from .losses.rows import takes_pairs
 from .model_card import describe_hardware
-from .views import takes_pairs
 
 logger = logging.get_logger(__name__)
 
@@ -121,7 +121,9 @@ def encode_views(model: SentenceTransformer, loss: GemLoss, texts: Sequence[str]
     gem: Any = model[0]
     was_training = model.training
     model.eval()
-    prefixes = [torch.tensor(row) for row in gem._tokenize(texts, max_length=gem.max_seq_length)]
+    prefixes = [
+        torch.tensor(row) for row in gem.base.text.encode(texts, max_tokens=gem.max_seq_length - gem.num_gem_tokens)
+    ]
     rows = loss.build_views(prefixes, torch.Generator().manual_seed(0))
     vectors = []
     for start in range(0, len(rows), batch_size):
@@ -134,7 +136,7 @@ def encode_views(model: SentenceTransformer, loss: GemLoss, texts: Sequence[str]
 
 def reconstruct_samples(gem: Any, texts: Sequence[str]) -> list[dict[str, str]]:
     """Texts, and what the model writes from the keys and values of their GEM tokens; empty if it keeps none."""
-    if not gem._can_cache:
+    if not gem.facts.can_cache:
         return []
     written = gem.reconstruct(gem.compress(list(texts)))
     return [{"text": text, "written": copy} for text, copy in zip(texts, written, strict=True)]

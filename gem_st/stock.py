@@ -48,8 +48,8 @@ def check_stock(model: SentenceTransformer) -> None:
             "A frozen base cannot be exported to stock modules: its LoRA works on GEM tokens only, and no stock module "
             'or serving engine can switch it on in the middle of a row. Use format="gem".'
         )
-    if gem._has_lora:
-        raise ValueError("The model holds a LoRA. Merge it first: model[0].merge().")
+    if gem.has_adapter:
+        raise ValueError("The model holds a LoRA. Merge it first: gem_st.merge_lora(model).")
     if gem.num_gem_tokens > 1:
         raise ValueError(
             f"The model has {gem.num_gem_tokens} GEM tokens; stock modules can append one, and no attention mask keeps "
@@ -116,8 +116,8 @@ def _name_for_older_readers(gem: Any, folder: Path) -> None:
     if rope.get("rope_type", "default") != "default":
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         _update_json(folder / "config.json", rope_scaling=scaling)
-    if (gem._base_folder / "tokenizer.model").exists():  # which llama.cpp's converter reads
-        shutil.copyfile(gem._base_folder / "tokenizer.model", folder / "tokenizer.model")
+    if (gem.source.folder / "tokenizer.model").exists():  # which llama.cpp's converter reads
+        shutil.copyfile(gem.source.folder / "tokenizer.model", folder / "tokenizer.model")
 
 
 def _update_json(path: Path, **values: Any) -> None:

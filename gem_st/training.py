@@ -11,7 +11,7 @@ from zipfile import is_zipfile
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .modeling_gem import CHECKPOINT
+from .modeling.gem_checkpoint import CHECKPOINT
 
 NTP_SHARE = 0.2
 """Share of a training that is next-token prediction alone, unless another is asked for."""

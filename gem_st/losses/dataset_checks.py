@@ -91,7 +91,7 @@ def _check_type(column: str, dtype: str, kind: str) -> None:
     if column == "messages":
         raise ValueError(
             f"Column 'messages' of the {kind} set holds chat messages. Make columns `prompt` and `answer` of it: "
-            'dataset.map(gem_st.views.split_messages, fn_kwargs={"tokenizer": model.tokenizer}, '
+            'dataset.map(gem_st.losses.rows.split_messages, fn_kwargs={"tokenizer": model.tokenizer}, '
             "remove_columns=dataset.column_names)."
         )
     raise ValueError(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.trainer import BaseTrainer
-from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import all_gather, all_gather_with_grad, batch_to_device, get_rank, get_world_size
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,125 +17,22 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerState
 from transformers.utils import logging
 
+from ..model_card import CITATION, gem_of, use_gem_card
+from ..training import last_checkpoint
 from .dataset_checks import check_dataset, warn_of_truncation
-from .model_card import CITATION, gem_of, use_gem_card
-from .modeling_gem import find_caller
-from .training import AlphaSchedule, last_checkpoint
-from .views import (
-    NO_TARGET,
-    PAIR_TASKS,
-    TASKS,
-    check_columns,
-    drop_tokens,
-    join_row,
-    split_rows,
-    split_text,
-    takes_pairs,
-)
+from .info_nce import find_same_texts, info_nce, text_keys
+from .next_token import check_output_head
+from .objective import RowObjective
+from .plan import RowPlan, check_tasks, default_token_dropout, plan_rows
+from .rows import NO_TARGET, check_columns, drop_tokens, join_row, split_rows, split_text, takes_pairs
+from .trainer_link import TrainerLink
+from .wrapped_loss import BackwardOf, give_embeddings_to, mini_batch_size_of
 
 logger = logging.get_logger(__name__)
 
 MAX_LOGIT_SCALE = math.log(100.0)
-MODEL_NAMES = ("model", "sentence_embedder")
-"""Names under which losses of Sentence Transformers hold the model they train."""
-NEED_MORE_THAN_EMBEDDINGS = (
-    losses.AdaptiveLayerLoss,
-    losses.ContrastiveTensionLoss,
-    losses.ContrastiveTensionLossInBatchNegatives,
-    losses.DenoisingAutoEncoderLoss,
-    losses.Matryoshka2dLoss,
-)
-DEFAULT_TASKS, WHOLE_TASKS = ("reconstruction", "continuation"), ("reconstruction",)
 LAST_STEP = 10**9
 """Step at which an alpha schedule is read where there is no training whose last step could be read."""
-
-
-def info_nce(
-    anchors: Tensor,
-    candidates: Tensor,
-    logit_scale: Tensor | float,
-    same_text: Tensor | None = None,
-    offset: int = 0,
-) -> Tensor:
-    """InfoNCE on scaled cosine similarities: ``offset + i`` is the positive of anchor ``i``, all others negatives.
-
-    Args:
-        anchors: Embeddings. Shape: ``(B, D)``
-        candidates: Embeddings of the positives, then of any further negatives. Shape: ``(at least B, D)``
-        logit_scale: Factor on the similarities (not its log). Shape: ``()`` or ``(1,)``
-        same_text: True where a candidate is no negative, from :func:`find_same_texts`. Shape: ``(B, at least B)``
-        offset: Index of the first anchor's positive.
-
-    Returns:
-        Mean loss in nats. Shape: ``()``
-    """
-    similarities = F.normalize(anchors.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T
-    logits = similarities * logit_scale
-    if same_text is not None:
-        logits = logits.masked_fill(same_text, -torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(anchors), device=anchors.device) + offset)
-
-
-def text_keys(texts: Sequence[Tensor]) -> Tensor:
-    """A number for each text, the same in every process for the same token ids. Shapes: ``(T_i,)`` each -> ``(B,)``"""
-    return torch.tensor([hash(tuple(text.tolist())) for text in texts])
-
-
-def find_same_texts(keys: Tensor, num_anchors: int, offset: int = 0) -> Tensor:
-    """Which candidates spell the same text as an anchor's positive, and are therefore no negatives of it.
-
-    Args:
-        keys: Of each candidate, from :func:`text_keys`, positives first. Shape: ``(number of candidates,)``
-        num_anchors: B.
-        offset: Index of the first anchor's positive.
-
-    Returns:
-        True for the same text, except for the positive itself. Shape: ``(B, number of candidates)``
-    """
-    positives = torch.arange(num_anchors, device=keys.device) + offset
-    same = keys[positives, None] == keys
-    same[torch.arange(num_anchors), positives] = False
-    return same
-
-
-class RowPlan(NamedTuple):
-    """How rows are made of a batch, and their parts weighted; see :class:`GemLoss`."""
-
-    tasks: tuple[str, ...]
-    plain_ratio: float
-    alpha: float | Callable[[int, int], float]
-
-
-def plan_rows(
-    freeze_base: bool,
-    columns: Sequence[str] = (),
-    *,
-    tasks: Sequence[str] | None = None,
-    plain_ratio: float | None = None,
-    alpha: float | Callable[[int, int], float] | None = None,
-    has_labels: bool = False,
-) -> RowPlan:
-    """Fill in what is not given, by the mode and the names of the columns.
-
-    Args:
-        freeze_base: Whether the base is frozen.
-        columns: Names of the columns, by which tasks are recognised.
-        tasks: As :class:`GemLoss` takes them.
-        plain_ratio: Likewise.
-        alpha: Likewise.
-        has_labels: Whether labels belong to the texts, which are then not cut.
-    """
-    chosen = tasks or [task for task, names in PAIR_TASKS.items() if names == tuple(columns)]
-    if plain_ratio is None:
-        plain_ratio = 0.8 if not freeze_base else 0.5 if chosen else 1.0
-    if alpha is None:
-        alpha = AlphaSchedule() if not freeze_base else 1.0 if plain_ratio == 1 else 0.7
-    return RowPlan(tuple(chosen or (WHOLE_TASKS if has_labels else DEFAULT_TASKS)), plain_ratio, alpha)
-
-
-def default_token_dropout(freeze_base: bool) -> float:
-    """Share of tokens deleted for the second view, if not given."""
-    return 0.85 if freeze_base else 0.7
 
 
 @dataclass
@@ -149,54 +45,6 @@ class _Column:
     """Token ids of what the embedding of each row stands for. Shape: ``(m_i,)`` each"""
     others: dict[str, Any]
     """What else belongs to the column, such as the ``task`` that a Router goes by."""
-
-
-class _Embedded(nn.Module):
-    """Stands in for the model in an inner loss, whose columns come embedded already."""
-
-    def __init__(self, model: SentenceTransformer) -> None:
-        super().__init__()
-        self._model = (model,)  # a tuple, so that the model is not registered twice
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "_model":  # while being copied
-                raise
-            return getattr(self._model[0], name)
-
-    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
-        """The features as they are; they hold ``sentence_embedding``."""
-        if "sentence_embedding" not in features:
-            raise ValueError(
-                "This loss was given to GemLoss as `inner`, which hands it embeddings. To use it elsewhere as well, "
-                "make another one."
-            )
-        return dict(features)
-
-
-class _BackwardOf(torch.autograd.Function):
-    """Value of a loss on detached embeddings, whose own backward pass gives the embeddings their gradient.
-
-    A loss that caches gradients goes backward in a hook on what it returns, once for each of its mini-batches; through
-    this node the model behind the embeddings sees one gradient for all of them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
-        """Take embeddings, shape ``(B, D)``, their detached twin and the loss on that; return the loss's value."""
-        ctx.parts = parts
-        return parts[1].detach().clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        """Go backward through the inner loss."""
-        detached, loss = ctx.parts
-        detached.grad = None
-        if loss.requires_grad:
-            torch.autograd.backward(loss, gradients[0], retain_graph=True)  # freed with this node's context
-        return detached.grad, None
 
 
 class GemLoss(nn.Module):
@@ -299,7 +147,7 @@ class GemLoss(nn.Module):
         gem = gem_of(model, "GemLoss")
         gem.train_in_float32()
         if tasks is not None:
-            _check_tasks(tasks)
+            check_tasks(tasks)
         if token_dropout is None:
             token_dropout = default_token_dropout(gem.freeze_base)
         if plain_ratio is not None:
@@ -313,8 +161,8 @@ class GemLoss(nn.Module):
         if inner is not None and (scale is not None or gather_across_devices):
             raise ValueError("scale and gather_across_devices belong to GemLoss's own InfoNCE; set those of `inner`.")
         if inner is not None:
-            _give_embeddings_to(inner, model)
-            mini_batch_size = _mini_batch_size_of(inner) if mini_batch_size is None else mini_batch_size
+            give_embeddings_to(inner, model)
+            mini_batch_size = mini_batch_size_of(inner) if mini_batch_size is None else mini_batch_size
             if takes_pairs(tasks or ()):
                 raise ValueError(f"tasks={tasks} take both columns as one text, of which `inner` would see one only.")
         if mini_batch_size is not None and not (isinstance(mini_batch_size, int) and mini_batch_size > 0):
@@ -324,15 +172,16 @@ class GemLoss(nn.Module):
         self.token_dropout = token_dropout
         self.mini_batch_size = mini_batch_size
         self.gather_across_devices = gather_across_devices
+        self._link = TrainerLink()
         self._gem: tuple[Any] = (gem,)  # a tuple, so that the module is not registered twice
         self._given: dict[str, Any] = {"plain_ratio": plain_ratio, "alpha": alpha}
         self.tasks = None if tasks is None else tuple(tasks)
         self._last_plan = self._plan()
         _, self.plain_ratio, self.alpha = self._last_plan
-        gem.check_output_head()
+        check_output_head(gem.base)
         if self.plain_ratio < 1:
             gem.require_attention_mask()
-        logger.debug(f"Short texts are packed: {gem._can_pack}")  # looked at now, before weights may be sharded
+        gem.embedder.prepare_for_training()
         self.num_special = gem.num_special_tokens
         use_gem_card(model)
 
@@ -342,18 +191,27 @@ class GemLoss(nn.Module):
         return plan_rows(self._gem[0].freeze_base, columns, tasks=self.tasks, has_labels=has_labels, **self._given)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GemLoss:
-        """Look at the data: a trainer moves its loss to the device while it is being built, and calls this."""
-        if (trainer := _find_trainer()[0]) is not None:
-            has_negatives = self.inner is not None or self.alpha == 0
-            options = {"takes_labels": self.inner is not None, "needs_others": not has_negatives}
-            rows = check_dataset(trainer.train_dataset, "training", **options)
-            check_dataset(trainer.eval_dataset, "evaluation", **options)
-            warn_of_truncation(self._gem[0], rows)
-            columns = getattr(trainer.train_dataset, "column_names", None)
-            if isinstance(columns, list):  # of several data sets, each may have its own loss
-                check_columns(self.tasks or (), columns)
-            self._check_batch_size(trainer)
+        """Meet the trainer that is being built, which moves its loss to the device."""
+        if trainer := self._link.look():
+            self._check_data(trainer)
         return super()._apply(fn, recurse)
+
+    def on_trainer_init(self, trainer: BaseTrainer) -> None:
+        """Meet a trainer that introduces itself."""
+        if self._link.set(trainer):
+            self._check_data(trainer)
+
+    def _check_data(self, trainer: BaseTrainer) -> None:
+        """Raise if there is something in the data or the batch size that this loss cannot be trained with."""
+        has_negatives = self.inner is not None or self.alpha == 0
+        options = {"takes_labels": self.inner is not None, "needs_others": not has_negatives}
+        rows = check_dataset(trainer.train_dataset, "training", **options)
+        check_dataset(trainer.eval_dataset, "evaluation", **options)
+        warn_of_truncation(self._gem[0], rows)
+        columns = getattr(trainer.train_dataset, "column_names", None)
+        if isinstance(columns, list):  # of several data sets, each may have its own loss
+            check_columns(self.tasks or (), columns)
+        self._check_batch_size(trainer)
 
     def _check_batch_size(self, trainer: BaseTrainer) -> None:
         """Raise if a batch of one has nothing to be told from: hard negatives, or texts of other processes."""
@@ -412,13 +270,13 @@ class GemLoss(nn.Module):
                 "`inner`."
             )
         (gem,) = self._gem
-        trainer, names = _find_trainer()
-        plan = self._plan(names, labels is not None)
+        sentence_features, trainer = list(sentence_features), self._link.trainer
+        plan = self._plan(self._link.column_names(self, len(sentence_features)), labels is not None)
         self._last_plan = plan
         alpha = self._alpha_at(plan.alpha, trainer.state if trainer else None)
         with torch.no_grad():
             gem.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
-        columns = self._build_columns(list(sentence_features), plan, labels is not None)
+        columns = self._build_columns(sentence_features, plan, labels is not None)
         embeddings, ntp, scale = self._embed(columns)
         if self.inner is None:
             contrastive = self._info_nce(columns, embeddings, scale)
@@ -468,10 +326,10 @@ class GemLoss(nn.Module):
             if index in embeddings:
                 continue
             group = [i for i, other in enumerate(columns) if other.others == column.others]
-            features: dict[str, Any] = self.collate([row for i in group for row in columns[i].rows])
-            if self.mini_batch_size is not None:
-                features["mini_batch_size"] = self.mini_batch_size
-            output = self.model({**column.others, **batch_to_device(features, self._gem[0].model.device)})
+            features = self.collate([row for i in group for row in columns[i].rows])
+            features = batch_to_device(features, self._gem[0].model.device)
+            objective = RowObjective(features.pop("labels"), self.mini_batch_size)
+            output = self.model({**column.others, **features, "objective": objective})
             embeddings |= zip(
                 group, output["sentence_embedding"].split([len(columns[i].rows) for i in group]), strict=True
             )
@@ -511,7 +369,7 @@ class GemLoss(nn.Module):
         loss = self.inner(features, labels)
         if isinstance(loss, dict):
             loss = torch.stack(list(loss.values())).sum()
-        return _BackwardOf.apply(joined, (detached, loss))
+        return BackwardOf.apply(joined, (detached, loss))
 
     def _check_finite(
         self, loss: Tensor, parts: dict[str, Any], trainer: BaseTrainer | None, columns: Sequence[_Column]
@@ -545,7 +403,7 @@ class GemLoss(nn.Module):
             plan: Tasks and share of plain rows, those of one column of texts by default.
 
         Returns:
-            Token ids and labels of each row, as :func:`gem_st.views.join_row` gives them; and the prefix of each row,
+            Token ids and labels of each row, as :func:`gem_st.losses.rows.join_row` gives them; and the prefix of each,
             which its embedding stands for, shape ``(m_i,)`` each.
         """
         (gem,) = self._gem
@@ -614,59 +472,3 @@ class GemLoss(nn.Module):
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}.")
-
-
-def _find_trainer() -> tuple[BaseTrainer | None, list[str]]:
-    """The Sentence-Transformers trainer whose method is running, if any, and the columns of the batch it computes.
-
-    Sentence Transformers hands a loss neither the trainer nor the step nor names of columns. All are needed: the step
-    for ``alpha``, the names for ``tasks``, the trainer's log for the parts of the loss.
-    """
-    frame = find_caller(lambda caller: isinstance(caller, BaseTrainer))
-    if frame is None:
-        return None, []
-    inputs = frame.f_locals.get("inputs")
-    names = inputs if isinstance(inputs, dict) else ()
-    return frame.f_locals["self"], [n.removesuffix("_input_ids") for n in names if n.endswith("_input_ids")]
-
-
-def _check_tasks(tasks: Sequence[str]) -> None:
-    known = sorted({*TASKS, *PAIR_TASKS})
-    if isinstance(tasks, str) or not tasks or any(task not in known for task in tasks):
-        raise ValueError(f"tasks must be some of {known}, got {tasks!r}.")
-
-
-def _mini_batch_size_of(inner: nn.Module) -> int | None:
-    """That of a loss which caches gradients, or of one inside it."""
-    sizes = (getattr(module, "mini_batch_size", None) for module in inner.modules())
-    return next((size for size in sizes if size is not None), None)
-
-
-def _give_embeddings_to(inner: nn.Module, model: SentenceTransformer) -> None:
-    """Have a loss, and those inside it, take the embeddings they are given instead of running the model.
-
-    Raises:
-        ValueError: If it is no loss of this model, or one that needs more of it than embeddings.
-    """
-    if not isinstance(inner, nn.Module) or isinstance(inner, GemLoss):
-        name = getattr(inner, "__name__", type(inner).__name__)
-        raise ValueError(f"inner must be a loss of Sentence Transformers made with the model, got {name}.")
-    for module in inner.modules():
-        if isinstance(module, NEED_MORE_THAN_EMBEDDINGS):
-            raise ValueError(
-                f"{type(module).__name__} needs layers, copies or tokens of the model, and can be no `inner` of "
-                "GemLoss. Train with it alone, or beside GemLoss in a dict of data sets and losses."
-            )
-    places = [
-        (module, name, child)
-        for module in inner.modules()
-        for name, child in module.named_children()
-        if isinstance(child, SentenceTransformer | _Embedded) and name in MODEL_NAMES
-    ]
-    if not places:
-        raise ValueError(f"inner ({type(inner).__name__}) holds no model: is it a loss of Sentence Transformers?")
-    stand_in = _Embedded(model)
-    for module, name, child in places:
-        if (child._model[0] if isinstance(child, _Embedded) else child) is not model:
-            raise ValueError(f"inner ({type(module).__name__}) was made with another model than GemLoss.")
-        setattr(module, name, stand_in)

@@ -1,0 +1,1 @@
+"""The method at inference time, one room a file; all but this one travel in every checkpoint."""

@@ -1,0 +1,271 @@
+"""Checkpoints: settings, where the base is, the adapter's files, and writing all of it into a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import re
+import shutil
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import cached_file, logging
+
+from .gem_adapter import add_lora, import_peft
+from .gem_base import GemBase
+from .gem_files import BaseSource, check_base_unchanged, copy_base, fingerprint_base, is_local
+
+logger = logging.get_logger(__name__)
+
+REQUIREMENTS = {"sentence-transformers": ">=6.0", "transformers": ">=5.4", "torch": ">=2.7"}
+"""What Sentence Transformers checks before it loads a checkpoint."""
+
+CONFIG_FILE, CODE_FILE, ADAPTER_FOLDER = "gem_config.json", "gem_st.py", "gem_adapter"
+CODE_NAME = re.compile(r"gem_\w+\.py")
+"""Names of the files of code in a checkpoint; a base with code of its own has others."""
+
+CHECKPOINT = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
+"""Names of the folders that a trainer resumes from."""
+
+
+def check_saved_settings(model_name_or_path: str, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise if a GEM checkpoint was saved with other settings than are asked for."""
+    for key, value in asked.items():
+        if saved and saved.setdefault(key, False) != value:
+            raise ValueError(
+                f"{model_name_or_path} is a GEM checkpoint saved with {key}={saved[key]!r}, but "
+                f"{key}={value!r} was asked for. Pass {key}={saved[key]!r}, or load it with "
+                f"SentenceTransformer({str(model_name_or_path)!r}, trust_remote_code=True)."
+            )
+
+
+class FoundBase(NamedTuple):
+    """Where a base is loaded from, and what checkpoints call it."""
+
+    load_from: str
+    load_kwargs: dict[str, Any]
+    name: str
+    revision: str | None
+
+
+def find_base(model_name_or_path: str, saved: dict[str, Any], is_frozen: bool, hub_kwargs: dict[str, Any]) -> FoundBase:
+    """Find the weights of the base.
+
+    Args:
+        model_name_or_path: A base, or a GEM checkpoint.
+        saved: Settings of the latter.
+        is_frozen: Whether it is an adapter beside a frozen base.
+        hub_kwargs: How files are read from the Hub.
+
+    Raises:
+        ValueError: If a checkpoint names a base that cannot be had.
+    """
+    has_base = saved.get("save_base", True)
+    if not saved or (has_base and not is_frozen):
+        is_folder = Path(model_name_or_path).is_dir()
+        name = Path(model_name_or_path).resolve() if is_folder else model_name_or_path
+        return FoundBase(model_name_or_path, {}, str(name), None)
+    base, revision = saved.get("base_model_name_or_path", ""), saved.get("base_model_revision")
+    if has_base:
+        return FoundBase(model_name_or_path, {}, base, revision)
+    try:
+        cached_file(base, "config.json", **{**hub_kwargs, "revision": revision, "subfolder": ""})
+    except OSError as error:
+        raise ValueError(
+            f"{model_name_or_path} holds an adapter only; its base, {base!r} (revision "
+            f"{revision}), cannot be loaded: {error}\nMake it available, or edit "
+            f"base_model_name_or_path in gem_config.json to where you keep it."
+        ) from error
+    return FoundBase(base, {"revision": revision, "subfolder": ""}, base, revision)
+
+
+def locate(found: FoundBase, base: GemBase, hub_kwargs: dict[str, Any]) -> tuple[BaseSource, str | None]:
+    """Where the files of a loaded base are, and its commit on the Hub."""
+    # In the Hub's cache files are links: their names lie in one folder, what they point to in another.
+    config_path = Path(str(cached_file(found.load_from, "config.json", **{**hub_kwargs, **found.load_kwargs})))
+    folder = config_path.absolute().parent
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/", config_path.as_posix())
+    is_named = found.revision is None and found.load_from == found.name
+    revision = commit[1] if commit and is_named else found.revision
+    return BaseSource(folder, fingerprint_base(folder, base.text.tokenizer)), revision
+
+
+@lru_cache
+def code_files(entry: str) -> dict[str, Path]:
+    """The code of a checkpoint: the entry under the name it is saved by, and what it imports from beside it."""
+    others = sorted(Path(path) for path in get_relative_import_files(entry))
+    return {CODE_FILE: Path(entry), **{path.name: path for path in others}}
+
+
+@lru_cache
+def hash_code(entry: str) -> dict[str, str]:
+    """SHA-256 of each file of :func:`code_files`."""
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in code_files(entry).items()}
+
+
+def hash_files(hashes: dict[str, str]) -> str:
+    """One SHA-256 of several files: that of the file where there is one, otherwise of the hashes of all.
+
+    Args:
+        hashes: SHA-256 of each, by name.
+    """
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a checkpoint in a folder; empty if there are none."""
+    path = folder / CONFIG_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def check_writable(gem: Any) -> None:
+    """Raise if a checkpoint of this module could not be read again."""
+    if gem.mode == "full" and not gem.save_base:
+        raise ValueError("save_base=False needs an adapter: freeze_base=True, or model.add_adapter(LoraConfig(...)).")
+    has_base = gem.mode == "full" or (gem.freeze_base and gem.save_base)
+    if not has_base and not gem.base_model_name_or_path:
+        raise ValueError(
+            "An adapter is saved without its base, and has to name it: set model[0].base_model_name_or_path (and "
+            "base_model_revision) to the base's Hub id."
+        )
+
+
+def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
+    """Write a checkpoint of weights that are whole in memory.
+
+    Args:
+        gem: The module.
+        folder: The folder, which exists.
+        entry: The file that its class is in.
+        **kwargs: Passed to ``save_pretrained`` of the model.
+    """
+    is_adapter = gem.mode != "full"
+    if is_adapter:
+        check_base_unchanged(gem.base, gem.source, gem.freeze_base)
+    _remove_leftovers(folder, gem.source.folder)
+    if gem.freeze_base and gem.save_base:
+        copy_base(gem.model, gem.source.folder, folder, **kwargs)
+    elif not is_adapter:
+        _save_model(gem, folder, **kwargs)
+    if gem.save_base and gem.mode != "lora":
+        if backend := getattr(gem.tokenizer, "backend_tokenizer", None):
+            backend.no_truncation()
+        gem.save_tokenizer(str(folder))
+    if is_adapter:
+        _save_adapter(gem, folder / ADAPTER_FOLDER)
+    gem.save_config(str(folder))
+    _require_versions(folder / "config_sentence_transformers.json")
+    for name, file in code_files(entry).items():
+        target = folder / name
+        if not target.exists() or not target.samefile(file):
+            shutil.copyfile(file, target)
+
+
+def _save_model(gem: Any, folder: Path, **kwargs: Any) -> None:
+    """Write the language model in the data types it is to be saved in.
+
+    A folder that a trainer resumes from gets the weights as they are, so that it goes on to the same ones.
+    """
+    is_resumable = any(CHECKPOINT.match(name) for name in (folder.name, folder.parent.name))
+    with contextlib.nullcontext() if is_resumable else gem.as_saved("cpu"):
+        gem.model.save_pretrained(folder, **kwargs)
+
+
+def _remove_leftovers(folder: Path, base_folder: Path) -> None:
+    """Remove what another form of checkpoint left in the folder, unless this one's base lies there."""
+    if not folder.is_dir() or (base_folder.is_dir() and folder.samefile(base_folder)):
+        return
+    names = ("config.json", "generation_config.json", "model.safetensors.index.json")
+    for file in [*folder.glob("model*.safetensors"), *(folder / name for name in names)]:
+        file.unlink(missing_ok=True)
+    for name in read_settings(folder).get("remote_code", {}):  # which may be of another version
+        if CODE_NAME.fullmatch(name):
+            (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
+
+
+def _require_versions(config_path: Path) -> None:
+    """Add the versions needed to what Sentence Transformers has just written, and does not keep by itself."""
+    if not config_path.exists():
+        return
+    for _ in range(100):  # other processes of a training may be writing the same into it at this moment
+        with contextlib.suppress(json.JSONDecodeError):
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+            config["requirements"] = {**REQUIREMENTS, **config.get("requirements", {})}
+            config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+            return
+        time.sleep(0.1)
+
+
+def _save_adapter(gem: Any, folder: Path) -> None:
+    """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""
+    peft, model = import_peft(), gem.gem_model
+    status = peft.get_model_status(model)
+    if status.enabled is not True:
+        raise ValueError("The adapter is disabled, so that a reload would differ. Enable it in all layers first.")
+    if status.active_adapters == "irregular" or len(status.active_adapters) != 1:
+        raise ValueError(f"One active adapter can be saved, but these are: {status.active_adapters}.")
+    name = status.active_adapters[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    lora = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    lora = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in lora.items()}
+    save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[name])
+    config.base_model_name_or_path = gem.get_config_dict().get("base_model_name_or_path")
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    matrices = [] if gem.freeze_base else gem.base.vocabulary_matrices()
+    rows = [gem.gem_embeddings] if gem.freeze_base else [matrix[gem.gem_token_ids] for matrix in matrices]
+    named = {f"gem_rows.{index}": row.detach().contiguous() for index, row in enumerate(rows)}
+    save_file(named, folder / "gem_rows.safetensors", metadata={"format": "pt"})
+    is_whole = gem.freeze_base and gem.save_base
+    fingerprint = fingerprint_base(folder.parent, gem.tokenizer) if is_whole else gem.source.fingerprint
+    text = json.dumps(fingerprint, indent=2) + "\n"
+    (folder / "base_fingerprint.json").write_text(text, encoding="utf-8")
+    if not gem.save_base and is_local(gem.base_model_name_or_path):
+        logger.warning(
+            f"The checkpoint names its base by a folder of this machine, {gem.base_model_name_or_path}. Set "
+            "model[0].base_model_name_or_path (and base_model_revision) to the base's Hub id before saving."
+        )
+
+
+def load_adapter(gem: Any, model_name_or_path: str, hub_kwargs: dict[str, Any]) -> None:
+    """Read what :func:`_save_adapter` wrote, after making sure that the base is the one it was trained on.
+
+    Raises:
+        ValueError: If a file is missing, or the base is another one.
+    """
+    subfolder = str(Path(hub_kwargs.get("subfolder") or "", ADAPTER_FOLDER))
+    names = ("adapter_config.json", "adapter_model.safetensors", "gem_rows.safetensors", "base_fingerprint.json")
+    paths = [cached_file(model_name_or_path, name, **{**hub_kwargs, "subfolder": subfolder}) for name in names]
+    saved = json.loads(Path(str(paths[-1])).read_text(encoding="utf-8"))
+    if different := [key for key, value in saved.items() if value != gem.source.fingerprint[key]]:
+        raise ValueError(
+            f"{model_name_or_path} was trained on another base than {gem.source.folder}: {' and '.join(different)} "
+            f"differ. It needs {gem.base_model_name_or_path or 'the base it was saved with'}, unchanged."
+        )
+    rows = load_file(str(paths[2]))
+    with torch.no_grad():
+        if gem.freeze_base:
+            gem.gem_embeddings.copy_(rows["gem_rows.0"])
+        else:
+            for index, weight in enumerate(gem.base.vocabulary_matrices()):
+                weight[gem.gem_token_ids] = rows[f"gem_rows.{index}"].to(weight)
+    config = import_peft().PeftConfig.from_pretrained(str(Path(str(paths[0])).parent))
+    config.inference_mode = False
+    model = add_lora(gem.gem_model, config)
+    state = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(str(paths[1])).items()}
+    expected = import_peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    if expected.keys() != state.keys():
+        raise ValueError(f"{paths[1]} does not fit its adapter_config.json: {sorted(expected.keys() ^ state.keys())}.")
+    import_peft().set_peft_model_state_dict(model, state)

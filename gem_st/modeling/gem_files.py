@@ -1,0 +1,145 @@
+"""The base on the disk: which files its weights are in, how it is recognised, and copying it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .gem_base import GemBase
+
+logger = logging.get_logger(__name__)
+
+VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+"""Keys of a configuration that say nothing of the model."""
+
+
+@dataclass
+class BaseSource:
+    """Where a base was loaded from.
+
+    Attributes:
+        folder: The folder of its files, which may be gone by now.
+        fingerprint: Output of :func:`fingerprint_base`.
+        num_writes: :meth:`GemBase.num_writes` when it had been loaded.
+    """
+
+    folder: Path
+    fingerprint: dict[str, str | None]
+    num_writes: int = 0
+
+
+def is_local(base: str) -> bool:
+    """True for a base that is named by a folder, also one that is gone by now; empty names are none of the Hub's."""
+    return Path(base).is_absolute() or Path(base).is_dir()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads a model's weights from; empty if there are none."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return []
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
+
+
+def read_weights(folder: Path, *, sample: bool) -> Iterator[tuple[str, Tensor, Any]]:
+    """Name, rows and row numbers of each weight in a model's files; of a sample the first, middle and last row."""
+    paths = weight_files(folder)
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                weight = file.get_slice(name)
+                if not sample:
+                    yield name, file.get_tensor(name), ...
+                elif rows := _sample_rows(weight.get_shape()):
+                    yield name, torch.cat([weight[row : row + 1] for row in rows]), rows
+    for path in [] if paths else sorted(folder.glob("pytorch_model*.bin")):
+        for name, weight in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
+            if not sample:
+                yield name, weight, ...
+            elif rows := _sample_rows(weight.shape):
+                yield name, weight[rows], rows
+
+
+def _sample_rows(shape: Sequence[int]) -> list[int]:
+    num_rows = shape[0] if len(shape) else 0
+    return sorted({0, num_rows // 2, num_rows - 1}) if num_rows else []
+
+
+def fingerprint_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    """What a base is recognised by: hashes of its config, its tokenizer and a sample of its weights.
+
+    They are taken from files, so that they do not depend on the data type or quantisation it is loaded with.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = "The quick brown fox, 3.14 \u00e9\u4e16 \n"
+    tokens = [sorted(tokenizer.get_vocab().items()), tokenizer(text)["input_ids"]]
+    weights = sorted(
+        (name, str(sample.dtype), hashlib.sha256(sample.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
+        for name, sample, _ in read_weights(folder, sample=True)
+    )
+    parts = {"config": _without(config, *VOLATILE_CONFIG_KEYS), "tokenizer": tokens, "weights": weights}
+    return {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() if part else None
+        for name, part in parts.items()
+    }
+
+
+def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}
+
+
+def check_base_unchanged(base: GemBase, source: BaseSource, is_frozen: bool) -> None:
+    """Make sure that base and adapter will find each other: on the disk and in memory, weights are as loaded.
+
+    All weights are compared if any was written to since loading, otherwise a sample.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if not source.folder.is_dir():
+        return
+    if fingerprint_base(source.folder, base.text.tokenizer) != source.fingerprint:
+        raise ValueError(f"The base in {source.folder} was changed since it was loaded. Put it back to save.")
+    # In full mode the vocabulary may hold GEM rows of our own.
+    skipped = [] if is_frozen else [id(matrix) for matrix in base.vocabulary_matrices()]
+    weights = {name.replace(".base_layer.", "."): weight for name, weight in base.model.named_parameters()}
+    # Some optimizers write without being counted, but only to what takes gradients.
+    is_touched = base.num_writes() != source.num_writes
+    is_touched |= any(weight.requires_grad for weight in base.model.parameters())
+    for name, stored, rows in read_weights(source.folder, sample=not is_touched):
+        weight = weights.get(name)
+        if weight is None or id(weight) in skipped or not weight.is_floating_point():
+            continue  # quantised, or named otherwise in memory
+        if weight[rows].shape == stored.shape and not torch.equal(weight[rows].cpu(), stored.to(weight.dtype)):
+            raise ValueError(
+                f"The base's weight {name} was changed after loading, so that an adapter saved for "
+                f"{source.folder} would not fit it. Use freeze_base=False, or do not unfreeze the base."
+            )
+
+
+def copy_base(model: Any, source: Path, folder: Path, **kwargs: Any) -> None:
+    """Copy the base's files byte for byte; written anew only where they are not safetensors, or gone."""
+    weights = weight_files(source)
+    if not weights:
+        logger.warning(f"{source} holds no safetensors (any more): the base's weights are written anew.")
+        model.save_pretrained(folder, **kwargs)
+        return
+    others = ("config.json", "generation_config.json", "model.safetensors.index.json")
+    for file in [*weights, *(source / name for name in others)]:
+        target = folder / file.name
+        if file.exists() and not (target.exists() and target.samefile(file)):
+            shutil.copyfile(file, target)

@@ -1,0 +1,222 @@
+"""Reader: text into a cache. Generator: continue token ids or a cache, reconstruct a memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_masks_for_generate
+
+from .gem_base import GemBase
+from .gem_cache import GemCache, GemMemory, cache_name, cache_of, tensors_of
+from .gem_probes import BaseFacts
+from .gem_text import Prompts
+from .gem_tokens import GemTokens
+
+ASSISTED_GENERATION = ("assistant_model", "prompt_lookup_num_tokens")
+
+
+class GeneratedText(NamedTuple):
+    """What :meth:`GemTransformer.generate` gives with ``return_cache=True``."""
+
+    text: str | list[str]
+    cache: GemCache
+
+
+class Reader:
+    """Reads token ids into caches.
+
+    Args:
+        base: The base.
+        facts: What it can do.
+    """
+
+    def __init__(self, base: GemBase, facts: BaseFacts) -> None:
+        self.base = base
+        self.facts = facts
+
+    def append(self, cache: GemCache | None, rows: list[list[int]]) -> GemCache:
+        """Read rows of token ids behind what a cache holds, or as its beginning.
+
+        Args:
+            cache: What was read before; it stays as it is.
+            rows: Token ids of each row.
+
+        Raises:
+            ValueError: If there is nothing to read, or more than the model's context.
+        """
+        self.facts.require_cache()
+        if not rows:
+            raise ValueError("There is nothing to read: an empty list was given.")
+        new = self.base.text.pad([torch.tensor(row, dtype=torch.long) for row in rows], padding_side="right")
+        ids, real = (new[name].to(self.base.model.device) for name in ("input_ids", "attention_mask"))
+        if cache is None:
+            self.base.check_context(real)
+            past = self.base.read(ids, self.facts.width)[1]
+        else:
+            self.base.check_cache(cache)
+            past, num_new = cache.past_key_values(), ids.shape[1]
+            ids, real = torch.cat([cache.input_ids, ids], dim=1), torch.cat([cache.attention_mask, real], dim=1)
+            self.base.check_context(real)
+            if num_new:
+                positions = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -num_new:]
+                inputs = {"input_ids": ids[:, -num_new:], "attention_mask": real.long(), "position_ids": positions}
+                self.base.run(past, **inputs)
+        return self.make_cache(past, ids, real)
+
+    def make_cache(self, past: DynamicCache, input_ids: Tensor, real: Tensor) -> GemCache:
+        """A cache of what the model has read. Shape: ``(B, T)`` each"""
+        tags = torch.full((len(real),), self.base.weights_id(), device=real.device)
+        mask = real.bool()
+        return GemCache(tensors_of(past), input_ids=input_ids, attention_mask=mask, weights_tag=tags).keep(mask)
+
+
+class Generator:
+    """Writes text, as the language model that the base still is.
+
+    Args:
+        base: The base.
+        reader: Reads what was written last.
+        tokens: The GEM tokens.
+        suppressed: Ids that are never written; the saved ``generation_config`` names them as well.
+    """
+
+    def __init__(self, base: GemBase, reader: Reader, tokens: GemTokens, suppressed: list[int]) -> None:
+        self.base = base
+        self.reader = reader
+        self.tokens = tokens
+        self.suppressed = suppressed
+        if suppressed:
+            config = base.model.generation_config
+            config.suppress_tokens = sorted({*(config.suppress_tokens or []), *suppressed})
+
+    def generate(
+        self,
+        prompts: Prompts | None = None,
+        *,
+        cache: GemCache | None = None,
+        return_cache: bool = False,
+        **generate_kwargs: Any,
+    ) -> str | list[str] | GeneratedText:
+        """Continue texts or what a cache has read, see :meth:`GemTransformer.generate`."""
+        if (prompts is None) == (cache is None):
+            raise ValueError("generate needs either prompts or a cache, and not both.")
+        text, is_single, past = self.base.text, False, None
+        if return_cache:
+            self.reader.facts.require_cache()
+            past = DynamicCache()
+            if self._option("num_beams", generate_kwargs, 1) > 1:
+                raise ValueError("return_cache=True needs num_beams=1.")
+        if cache is None:
+            assert prompts is not None
+            rows, is_single = text.encode_prompts(prompts)
+            if not rows and return_cache:
+                raise ValueError("There is nothing to read: an empty list was given.")
+            if not rows:
+                return []
+            empty = [] if text.tokenizer.bos_token_id is None else [text.tokenizer.bos_token_id]
+            if any(not row for row in rows) and not empty:
+                raise ValueError("An empty prompt needs a tokenizer with a BOS token to start from; give some text.")
+            inputs = text.pad([torch.tensor(row or empty) for row in rows], padding_side="left")
+            ids, real = (inputs[name].to(self.base.model.device) for name in ("input_ids", "attention_mask"))
+        else:
+            self.base.check_cache(cache)
+            if len(cache) == 0 or bool((cache.lengths == 0).any()):
+                raise ValueError("A row of the cache is empty: there is nothing to continue.")
+            ids, real = cache.input_ids, cache.attention_mask.long()
+            # The last token is read again, for its logits.
+            past = cache_of((tensor[:, :, :-1] for tensor in layer) for layer in cache.layers)
+            names = ("num_beams", "num_return_sequences")
+            past.batch_repeat_interleave(max(self._option(name, generate_kwargs, 1) for name in names))
+        output = self.continue_ids(ids, real, past, **generate_kwargs)
+        written = self._is_written(output.sequences[:, ids.shape[1] :], generate_kwargs)
+        keep = F.pad(written, (ids.shape[1], 0), value=True)
+        sequences = [sequence[mask] for sequence, mask in zip(output.sequences, keep, strict=True)]
+        new_texts = [text.decode_continuation(sequence, ids.shape[1]) for sequence in sequences]
+        result = new_texts[0] if is_single and len(new_texts) == 1 else new_texts
+        return GeneratedText(result, self._cache_of_output(output, real, written)) if return_cache else result
+
+    def continue_ids(
+        self, input_ids: Tensor, attention_mask: Tensor, past: DynamicCache | None = None, **generate_kwargs: Any
+    ) -> Any:
+        """What transformers' ``generate`` returns as a dict, of token ids padded on the left.
+
+        Args:
+            input_ids: Token ids. Shape: ``(B, T)``
+            attention_mask: 1 for real tokens. Shape: ``(B, T)``
+            past: Keys and values of the first of them, to be written to.
+            **generate_kwargs: Passed to ``generate``.
+
+        Raises:
+            ValueError: If the options cannot be had with a cache.
+        """
+        suppressed = {*(generate_kwargs.pop("suppress_tokens", None) or []), *self.suppressed}
+        if suppressed:
+            generate_kwargs["suppress_tokens"] = sorted(suppressed)
+        if past is not None:
+            if generate_kwargs.get("use_cache", True) is False:
+                raise ValueError("use_cache=False was given, but a cache is to be read or returned.")
+            is_assisted = any(self._option(name, generate_kwargs) for name in ASSISTED_GENERATION)
+            if is_assisted and past.get_seq_length():
+                raise ValueError(f"Assisted generation ({', '.join(ASSISTED_GENERATION)}) cannot start from a cache.")
+            generate_kwargs |= {"use_cache": True, cache_name(create_masks_for_generate): past}
+        options = {"pad_token_id": self.base.text.pad_token_id, **generate_kwargs, "return_dict_in_generate": True}
+        return self.base.model.generate(input_ids, attention_mask=attention_mask, **options)
+
+    def reconstruct(self, memory: GemMemory, **generate_kwargs: Any) -> list[str]:
+        """Write the texts that a memory was made of, see :meth:`GemTransformer.reconstruct`."""
+        if getattr(memory, "kind", None) != GemMemory.kind:
+            raise ValueError(f"A GemMemory is needed, got {type(memory).__name__}. `compress` makes one.")
+        self.base.check_weights(memory)
+        num_new = (memory.lengths - self.base.text.num_special_tokens).clamp(min=0).tolist()
+        longest = max(num_new, default=0)
+        if longest < 1:
+            return [""] * len(memory)
+        logits = self.base.logits(memory.last_hidden_state)
+        logits[:, self.suppressed] = -torch.inf
+        # The ids of the GEM tokens are not read again: their keys and values are there.
+        ids = F.pad(logits.argmax(dim=-1, keepdim=True), (len(self.tokens), 0), value=self.base.text.pad_token_id)
+        sequences = ids
+        if longest > 1:
+            sequences = self.continue_ids(
+                ids,
+                torch.ones_like(ids),
+                cache_of(memory.layers),
+                position_ids=memory.lengths[:, None] + 1 + torch.arange(-len(self.tokens), 1, device=ids.device),
+                **{"do_sample": False, "max_new_tokens": longest - 1, **generate_kwargs},
+            ).sequences
+        new = sequences[:, len(self.tokens) :]
+        written = self._is_written(new, generate_kwargs)
+        decode: Any = partial(self.base.text.tokenizer.decode, skip_special_tokens=True)
+        return [decode(row[mask][:limit]) for row, mask, limit in zip(new, written, num_new, strict=True)]
+
+    def _cache_of_output(self, output: Any, prompt_mask: Tensor, written: Tensor) -> GemCache:
+        """What transformers' ``generate`` has read and written, the last token included, as a :class:`GemCache`."""
+        sequences = output.sequences
+        prompt_mask = prompt_mask.bool().repeat_interleave(len(sequences) // len(prompt_mask), dim=0)
+        real = torch.cat([prompt_mask, written], dim=1)
+        past = output[cache_name(create_masks_for_generate)]
+        num_read = past.get_seq_length()
+        cache = self.reader.make_cache(past, sequences[:, :num_read], real[:, :num_read])
+        rest = [ids[keep].tolist() for ids, keep in zip(sequences[:, num_read:], real[:, num_read:], strict=True)]
+        with torch.no_grad():
+            return self.reader.append(cache, rest)
+
+    def _is_written(self, new_ids: Tensor, generate_kwargs: dict[str, Any]) -> Tensor:
+        """True for tokens before the end token and the padding behind it. Shapes: ``(B, T)`` -> ``(B, T)``"""
+        eos = self._option("eos_token_id", generate_kwargs)
+        eos_ids = torch.as_tensor([] if eos is None else eos, device=new_ids.device).reshape(-1)
+        is_over = torch.isin(new_ids, eos_ids).cumsum(dim=1) > 0
+        is_text = new_ids != generate_kwargs.get("pad_token_id", self.base.text.pad_token_id)
+        is_padding = is_text.flip(1).cumsum(dim=1).flip(1) == 0
+        return ~is_over & ~is_padding
+
+    def _option(self, name: str, generate_kwargs: dict[str, Any], default: Any = None) -> Any:
+        """An option of `generate`: as given, else of the given `generation_config`, else of the model's."""
+        config = generate_kwargs.get("generation_config") or self.base.model.generation_config
+        value = generate_kwargs.get(name, getattr(config, name, None))
+        return default if value is None else value

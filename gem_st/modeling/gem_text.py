@@ -1,0 +1,138 @@
+"""Text and chat messages <-> token ids: the base's tokenizer, whose state is never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+Prompts = str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]]
+"""A text, texts, the messages of a conversation, or conversations."""
+
+
+class TextCodec:
+    """Turns texts into token ids and back.
+
+    Args:
+        tokenizer: The base model's.
+        hidden_names: Names of tokens that a text may not spell out, such as those of GEM tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, hidden_names: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.hidden_names = tuple(hidden_names)
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        prompt: str = "",
+        max_tokens: int | None = None,
+        add_special_tokens: bool = True,
+    ) -> list[list[int]]:
+        """Token ids of each text as the base's tokenizer gives them, truncated to ``max_tokens``.
+
+        Raises:
+            ValueError: If an input is not a string.
+        """
+        if isinstance(texts, str):
+            raise ValueError(f"A list of texts is needed, got the single text {texts!r:.80}. Put it in a list.")
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"Input {index} of {len(texts)} is {text!r:.80} ({type(text).__name__}), but only strings can be "
+                    "embedded or generated from. Convert it to str, or drop it."
+                )
+        texts = [self._defuse(prompt + text) for text in texts]
+        options = {"add_special_tokens": add_special_tokens, "padding": False, "return_attention_mask": False}
+        rows = self.tokenizer(texts, verbose=False, **options)["input_ids"]
+        return rows if max_tokens is None else [self._truncate(row, max_tokens, add_special_tokens) for row in rows]
+
+    def _truncate(self, row: list[int], max_tokens: int, has_special_tokens: bool) -> list[int]:
+        """Cut the text and keep what the tokenizer puts around it; its own truncation would change its state."""
+        if len(row) <= max_tokens:
+            return row
+        num_before, num_after = self._num_around if has_special_tokens else (0, 0)
+        start, end = row[:num_before], row[len(row) - num_after :]
+        body, room = row[num_before : len(row) - num_after], max(0, max_tokens - num_before - num_after)
+        is_left = self.tokenizer.truncation_side == "left"
+        return [*start, *(body[len(body) - room :] if is_left else body[:room]), *end]
+
+    @property
+    def _num_around(self) -> tuple[int, int]:
+        """Special tokens before and behind a text."""
+        ids, special = self.tokenizer("a")["input_ids"], {*self.tokenizer.all_special_ids}
+        is_text = [token_id not in special for token_id in ids]
+        return (is_text.index(True), is_text[::-1].index(True)) if any(is_text) else (0, 0)
+
+    def _defuse(self, text: str) -> str:
+        """Break up hidden names in a text, with a zero-width space, so that they are not matched."""
+        for name in self.hidden_names:
+            text = text.replace(name, f"{name[0]}\u200b{name[1:]}")
+        return text
+
+    def encode_prompts(
+        self, prompts: Prompts, prefix: str = "", max_tokens: int | None = None
+    ) -> tuple[list[list[int]], bool]:
+        """Token ids of each prompt, and whether a single one was given."""
+        if not isinstance(prompts, str | list | tuple):
+            raise ValueError(f"Prompts are a text, messages, or a list of either, got {type(prompts).__name__}.")
+        is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
+        batch: list[Any] = [prompts] if is_single else list(prompts)
+        if not batch:
+            return [], is_single
+        if isinstance(batch[0], list):
+            return self.encode(self._render_chat(batch), "", max_tokens, add_special_tokens=False), is_single
+        return self.encode(batch, prefix, max_tokens), is_single
+
+    def _render_chat(self, conversations: list[list[dict[str, str]]]) -> list[str]:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "Chat messages were given, but the tokenizer has no chat template. Pass plain text to `generate`, or "
+                "use an instruction-tuned base."
+            )
+        rendered: Any = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        return rendered
+
+    def decode_continuation(self, sequence: Tensor, prompt_length: int) -> str:
+        """Text of the tokens behind a prompt; decoded with it, since some tokenizers drop the first space of a text."""
+        decode: Any = partial(self.tokenizer.decode, skip_special_tokens=True)
+        prompt, whole = decode(sequence[:prompt_length]), decode(sequence)
+        return whole[len(prompt) :] if whole.startswith(prompt) else decode(sequence[prompt_length:])
+
+    def pad(self, rows: list[Tensor], padding_side: str | None = None) -> dict[str, Tensor]:
+        """Pad rows of token ids to one length.
+
+        Args:
+            rows: Token ids. Shape: ``(T_i,)`` each
+            padding_side: ``"left"`` or ``"right"``; defaults to the tokenizer's.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (1 for real tokens). Shape: ``(B, T)`` each
+        """
+        side = padding_side or self.tokenizer.padding_side
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id, padding_side=side),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side),
+        }
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id written into padding; it is never attended to, so that any id does."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token_id for token_id in candidates if token_id is not None)
+
+    @property
+    def num_special_tokens(self) -> int:
+        """Special tokens, BOS in most models, that the tokenizer puts before a text."""
+        return count_special_tokens(self.tokenizer)
+
+
+def count_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Special tokens, BOS in most models, that a tokenizer puts before a text."""
+    ids, special = tokenizer("a")["input_ids"], set(tokenizer.all_special_ids)
+    return next((index for index, token_id in enumerate(ids) if token_id not in special), 0)
