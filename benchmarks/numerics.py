@@ -37,7 +37,7 @@ def summarize(model: SentenceTransformer, texts: list[str], num_tokens: int | No
             rest = [
                 ids[real].tolist()[num_tokens:] for ids, real in zip(cache.input_ids, cache.attention_mask, strict=True)
             ]
-            cache = gem._append(cache.crop(num_tokens), rest)
+            cache = gem.reader.append(cache.crop(num_tokens), rest)
         vectors.append(gem.summarize(cache))
     return torch.cat(vectors).double().cpu().numpy()
 

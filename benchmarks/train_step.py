@@ -25,6 +25,7 @@ from unittest.mock import patch
 import sentence_transformers
 import torch
 import transformers
+from gem_st.modeling_gem import gem_segments, pool_gem_tokens
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,8 +33,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gem_st import GemLoss, GemTransformer, modeling_gem
 from gem_st.losses import find_same_texts, info_nce, text_keys
-from gem_st.modeling_gem import gem_segments, pool_gem_tokens
-from gem_st.views import split_rows
+from gem_st.losses.rows import split_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 ALPHA = 0.5
@@ -73,7 +73,7 @@ def naive_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
 def whole_rows(gem: GemTransformer, ids: Tensor, real: Tensor, has_gem: bool) -> Tensor:
     """Hidden states of a padded batch in one pass. Shapes: ``(B, T)`` each -> ``(B, T, D)``"""
     segments = gem_segments(ids, real, gem.gem_token_ids)
-    return gem._causal_hidden_states(ids, segments, real) if has_gem else gem._last_hidden_state(ids)
+    return gem._causal_hidden_states(ids, segments, real) if has_gem else gem.base.states(ids)
 
 
 def our_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:

@@ -188,7 +188,7 @@ def _pad_token(gem: Any) -> str:
     special = {token_id: str(token) for token_id, token in gem.tokenizer.added_tokens_decoder.items() if token.special}
     if not special:
         raise ValueError('This tokenizer has no special token to pad with. Give it a pad_token, or use format="gem".')
-    return special.get(gem.pad_token_id, next(iter(special.values())))
+    return special.get(gem.base.text.pad_token_id, next(iter(special.values())))
 
 
 def _ids_of(tokenizer: Any, text: str, max_length: int) -> list[int] | None:

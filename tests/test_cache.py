@@ -8,7 +8,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from gem_st import GemCache, GemLoss, GemMemory, GemTransformer
-from gem_st import modeling_gem as modeling
+from gem_st.modeling import gem_cache, gem_embedder
+from gem_st.modeling.gem_mask import Rows
 
 from .conftest import CORPUS, SIZES, build_tokenizer
 from .test_frozen import take_steps
@@ -37,7 +38,7 @@ def close(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def tensors(cache) -> list[torch.Tensor]:
-    return [tensor.clone() for tensor in cache._tensors().values()]
+    return [tensor.clone() for tensor in cache.tensors().values()]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -91,13 +92,13 @@ def test_the_cache_of_a_generation_holds_what_was_read_and_written(make_gem, arc
     _, gem = make_gem(architecture)
     out = gem.generate(TEXTS, return_cache=True, **GREEDY)
     assert out.text == gem.generate(TEXTS, **GREEDY)
-    prompt = gem.pad([torch.tensor(row) for row in gem._tokenize(TEXTS)], padding_side="left")
+    prompt = gem.pad([torch.tensor(row) for row in gem.base.text.encode(TEXTS)], padding_side="left")
     output = gem.model.generate(**prompt, **GREEDY, pad_token_id=1, suppress_tokens=gem.gem_token_ids)
     for row, ids in enumerate(output):
         real = ids[(~prompt["attention_mask"][row].bool()).sum() :]
         expected = real[: (real == 1).nonzero()[0, 0]] if (real == 1).any() else real
         assert out.cache.input_ids[row][out.cache.attention_mask[row]].tolist() == expected.tolist()
-        assert close(gem.summarize(out.cache[row]), gem.summarize(gem._append(None, [expected.tolist()])))
+        assert close(gem.summarize(out.cache[row]), gem.summarize(gem.reader.append(None, [expected.tolist()])))
     again = gem.generate(cache=gem.prefill(TEXTS), return_cache=True, **GREEDY)
     assert torch.equal(again.cache.input_ids, out.cache.input_ids)
     assert close(gem.summarize(again.cache), gem.summarize(out.cache))
@@ -108,18 +109,18 @@ def test_the_cache_of_a_generation_holds_what_was_read_and_written(make_gem, arc
 
 def test_rows_that_end_early_keep_no_end_token_and_no_padding(make_gem):
     _, gem = make_gem()
-    start = len(gem._tokenize(TEXTS)[0])
+    start = len(gem.base.text.encode(TEXTS)[0])
     new = gem.generate(TEXTS[0], return_cache=True, eos_token_id=2, **GREEDY).cache.input_ids[0, start:].tolist()
     assert len(new) == 7
     stop = new[3]  # declared the end token
     out = gem.generate(TEXTS, return_cache=True, eos_token_id=stop, **GREEDY)
     assert out.cache.input_ids[0][out.cache.attention_mask[0]][start:].tolist() == new[: new.index(stop)]
-    assert out.cache.lengths[1] > len(gem._tokenize(TEXTS)[1])
+    assert out.cache.lengths[1] > len(gem.base.text.encode(TEXTS)[1])
 
 
 def test_the_end_and_padding_of_a_generation_may_be_set_in_any_way(make_gem):
     _, gem = make_gem()
-    start = len(gem._tokenize(TEXTS)[0])
+    start = len(gem.base.text.encode(TEXTS)[0])
     new = gem.generate(TEXTS[0], return_cache=True, eos_token_id=2, **GREEDY).cache.input_ids[0, start:].tolist()
     config = GenerationConfig(eos_token_id=new[3], pad_token_id=7, **GREEDY)
     out = gem.generate(TEXTS, return_cache=True, generation_config=config)
@@ -211,7 +212,7 @@ def test_several_sequences_of_a_prompt_are_rows(make_gem):
     torch.manual_seed(0)
     out = gem.generate(TEXTS, return_cache=True, do_sample=True, num_return_sequences=2, max_new_tokens=3)
     assert len(out.text) == len(out.cache) == 6
-    start = out.cache.crop([len(row) for row in gem._tokenize(TEXTS) for _ in range(2)])
+    start = out.cache.crop([len(row) for row in gem.base.text.encode(TEXTS) for _ in range(2)])
     assert close(gem.summarize(start), gem.summarize(gem.prefill(TEXTS)).repeat_interleave(2, dim=0))
 
 
@@ -224,8 +225,8 @@ def test_crop_goes_back_to_any_length(make_gem, architecture):
     assert close(gem.summarize(longer.crop(lengths)), gem.summarize(cache))
     short = cache.crop(3)
     assert short.lengths.tolist() == [min(3, length) for length in lengths]
-    ids = [row[:3] for row in gem._tokenize(TEXTS)]
-    assert close(gem.summarize(short), gem.summarize(gem._append(None, ids)))
+    ids = [row[:3] for row in gem.base.text.encode(TEXTS)]
+    assert close(gem.summarize(short), gem.summarize(gem.reader.append(None, ids)))
     dropped = cache.crop(-1)
     assert dropped.lengths.tolist() == [length - 1 for length in lengths]
     assert close(gem.summarize(gem.extend(longer.crop(lengths), MORE)), gem.summarize(longer))
@@ -298,7 +299,7 @@ def test_empty_texts_and_empty_lists(make_gem):
     nothing = cache.crop(0)
     assert close(
         gem.summarize(gem.extend(nothing, "b c")),
-        gem.summarize(gem._append(None, [gem.tokenizer("b c", add_special_tokens=False)["input_ids"]] * 2)),
+        gem.summarize(gem.reader.append(None, [gem.tokenizer("b c", add_special_tokens=False)["input_ids"]] * 2)),
     )
     with pytest.raises(ValueError, match="A row of the cache is empty"):
         gem.generate(cache=nothing, **GREEDY)
@@ -363,7 +364,7 @@ def test_a_memory_is_the_gem_tokens_keys_and_values(make_gem, architecture, num_
     memory = gem.compress(TEXTS)
     assert len(memory) == 3
     assert all(tensor.shape[2] == num_gem_tokens for layer in memory.layers for tensor in layer)
-    assert memory.lengths.tolist() == [len(row) for row in gem._tokenize(TEXTS)]
+    assert memory.lengths.tolist() == [len(row) for row in gem.base.text.encode(TEXTS)]
     joined = GemMemory.join(memory.split())
     assert gem.reconstruct(joined) == gem.reconstruct(memory) == gem.reconstruct(gem.compress(gem.prefill(TEXTS)))
 
@@ -373,7 +374,7 @@ def test_reconstruct_decodes_greedily_behind_the_mask(make_gem, num_gem_tokens):
     """Token by token, with whole rows through the masked model that training uses."""
     _, gem = make_gem(num_gem_tokens=num_gem_tokens)
     for text in TEXTS:
-        prefix = gem._tokenize([text])[0]
+        prefix = gem.base.text.encode([text])[0]
         row = [*prefix, *gem.gem_token_ids]
         head = gem.model.get_output_embeddings()
         with torch.no_grad():
@@ -404,11 +405,11 @@ def test_a_shared_instruction_is_read_once_and_vectors_stay(make_gem, architectu
     )
     reused = model.encode(texts, prompt=prompt, convert_to_tensor=True)
     hook.remove()
-    num_prompt = len(gem._tokenize([prompt.rstrip()])[0])
-    num_all = sum(len(row) for row in gem._tokenize(texts, prompt))
+    num_prompt = len(gem.base.text.encode([prompt.rstrip()])[0])
+    num_all = sum(len(row) for row in gem.base.text.encode(texts, prompt))
     assert min(read) < num_all / len(texts)
     assert any(abs(size - num_prompt) <= 2 for size in read)
-    monkeypatch.setattr(modeling, "SHARED_PREFIX_LENGTH", 10**9)
+    monkeypatch.setattr(gem_embedder, "SHARED_PREFIX_LENGTH", 10**9)
     assert close(reused, model.encode(texts, prompt=prompt, convert_to_tensor=True))
     alone = torch.cat([model.encode([text], prompt=prompt, convert_to_tensor=True) for text in texts])
     assert close(reused, alone)
@@ -426,13 +427,14 @@ def test_the_same_text_many_times_and_a_text_that_is_the_prefix_of_another(make_
 def test_nothing_is_shared_while_gradients_are_needed(make_gem):
     _, gem = make_gem()
     features = gem.preprocess(CORPUS[:2], prompt="Once upon a time there was a small village: ")
-    segments = torch.zeros_like(features["input_ids"])
-    lengths = features["attention_mask"].sum(1) - 2
-    assert gem._run_shared_prefix(features["input_ids"], segments, lengths) is None
+    rows, read = Rows.of(*features.values(), gem.gem_token_ids), gem.embedder.read_shared_prefix
+    gem.eval()
+    assert read(rows) is None
     with torch.no_grad():
-        assert gem.train()._run_shared_prefix(features["input_ids"], segments, lengths) is None
-        assert gem.eval()._run_shared_prefix(features["input_ids"], segments, lengths) is not None
-        assert gem._run_shared_prefix(features["input_ids"][:1], segments[:1], lengths[:1]) is None
+        assert read(rows) is not None
+        assert read(rows.take(torch.tensor([0]), 99)) is None
+        gem.train()
+        assert read(rows) is None
 
 
 def test_a_cache_of_the_installed_package_serves_a_checkpoints_own_class(make_gem, tmp_path):
@@ -452,4 +454,4 @@ def test_the_cache_goes_by_the_name_that_a_model_has_for_it():
     def new(input_ids: torch.Tensor, cache: object = None) -> None: ...
     def old(input_ids: torch.Tensor, past_key_values: object = None) -> None: ...
 
-    assert (modeling.cache_name(new), modeling.cache_name(old)) == ("cache", "past_key_values")
+    assert (gem_cache.cache_name(new), gem_cache.cache_name(old)) == ("cache", "past_key_values")

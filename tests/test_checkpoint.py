@@ -18,7 +18,8 @@ from safetensors import safe_open
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from transformers import AutoModelForCausalLM
 
-from gem_st import GemLoss, GemTransformer, modeling_gem
+from gem_st import GemLoss, GemTransformer
+from gem_st.modeling.gem_checkpoint import REQUIREMENTS
 
 from .conftest import CORPUS, quiet_arguments
 
@@ -55,6 +56,7 @@ def saved(make_base, tmp_path) -> tuple[SentenceTransformer, Path]:
 def test_what_lies_in_a_checkpoint(saved):
     model, folder = saved
     assert json.loads((folder / "modules.json").read_text())[0]["type"] == "gem_st.GemTransformer"
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.py")}
     assert json.loads((folder / "gem_config.json").read_text()) == {
         "num_gem_tokens": 3,
         "pooling": "mean",
@@ -64,10 +66,13 @@ def test_what_lies_in_a_checkpoint(saved):
         "freeze_base": False,
         "logit_scale": 2.5,
         "save_base": True,
-        "remote_code_sha256": hashlib.sha256((folder / "gem_st.py").read_bytes()).hexdigest(),
+        "remote_code": hashes,
+        "remote_code_sha256": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
     }
-    source = Path(__file__).parents[1] / "gem_st" / "modeling_gem.py"
-    assert (folder / "gem_st.py").read_text() == source.read_text()
+    source = Path(__file__).parents[1] / "gem_st" / "modeling"
+    written = {path.name: path.read_text() for path in folder.glob("*.py")}
+    written["gem_transformer.py"] = written.pop("gem_st.py")
+    assert written == {path.name: path.read_text() for path in source.glob("gem_*.py")}
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert "lm_head.weight" in file.keys()  # noqa: SIM118
     assert json.loads((folder / "generation_config.json").read_text())["suppress_tokens"] == model[0].gem_token_ids
@@ -76,10 +81,10 @@ def test_what_lies_in_a_checkpoint(saved):
 
 def test_versions_that_are_too_old_are_named(saved):
     needed = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in requires("gem-st"))
-    assert needed.items() >= modeling_gem.REQUIREMENTS.items()
+    assert needed.items() >= REQUIREMENTS.items()
     _, folder = saved
     config = folder / "config_sentence_transformers.json"
-    assert json.loads(config.read_text())["requirements"] == modeling_gem.REQUIREMENTS
+    assert json.loads(config.read_text())["requirements"] == REQUIREMENTS
     config.write_text(config.read_text().replace(">=5.4", ">=99"))
     with pytest.raises(ImportError, match=r"transformers.*>=99"):
         SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")

@@ -401,7 +401,7 @@ def test_a_frozen_base_writes_what_it_wrote_and_a_lora_is_an_adapter(make_config
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     result = train(make_config(**options, overwrite=True))
     model = SentenceTransformer(str(result.folder), trust_remote_code=True, device="cpu")
-    assert model[0]._has_lora
+    assert model[0].has_adapter
     assert json.loads((result.folder / "report.json").read_text())["settings"]["learning_rate"] == 5e-4
 
 

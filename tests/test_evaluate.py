@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import gem_st.evaluate as evaluate_module
+from gem_st import GemTransformer
 from gem_st.baselines import build_baseline
 from gem_st.cli import app
 from gem_st.evaluate import EvalConfig, evaluate, named_base, same_weights
-from gem_st.modeling_gem import GemTransformer
 from gem_st.scores import EvalResults, insert_section, losses, render_markdown, render_row, update_card
 from gem_st.scoring import score_task
 from gem_st.suite import load_suite, read_texts_of

@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from transformers import AutoModelForCausalLM
 
 from gem_st import GemLoss, GemTransformer
-from gem_st.views import join_row
+from gem_st.losses.rows import join_row
 
 from .conftest import CORPUS, quiet_arguments
 
@@ -145,16 +145,17 @@ def test_a_suffix_knows_the_prefix_through_the_gem_tokens_only(make_model):
     gem = make_model(num_gem_tokens=2, freeze_base=True)[0].eval()
     row, _ = join_row(torch.tensor([0, 5, 6, 7]), gem.gem_token_ids, torch.tensor([30, 31]))
     other, _ = join_row(torch.tensor([0, 8, 6, 7]), gem.gem_token_ids, torch.tensor([30, 31]))
-    run_gem_tokens, held = gem._run_gem_tokens, []
+    append, held = gem.embedder.whole.append, []
 
     def hold(past, is_text, lengths):
-        states = run_gem_tokens(past, is_text, lengths)
+        states = append(past, is_text, lengths)
         held.append([(layer.keys[:, :, -2:].clone(), layer.values[:, :, -2:].clone()) for layer in past.layers])
         for layer, (keys, values) in zip(past.layers, held[0], strict=True):
             layer.keys[:, :, -2:], layer.values[:, :, -2:] = keys, values
         return states
 
-    gem._run_gem_tokens = hold
+    gem.embedder.whole.append = hold
+    hold.tokens = append.tokens
     with torch.no_grad():
         first, second = (gem(gem.pad([ids]))["token_embeddings"] for ids in (row, other))
     assert not torch.equal(held[0][1][1], held[1][1][1])  # the second layer's values do differ
@@ -238,7 +239,7 @@ def test_gradient_checkpointing_does_not_drop_the_text(make_model):
         new = hasattr(each, "activation_checkpointing_enable")
         each.activation_checkpointing_enable() if new else each.gradient_checkpointing_enable()
     model.train()
-    features = model[0].pad([torch.tensor(row + model[0].gem_token_ids) for row in model[0]._tokenize(TEXTS)])
+    features = model[0].pad([torch.tensor(row + model[0].gem_token_ids) for row in model[0].base.text.encode(TEXTS)])
     result = model(features)["sentence_embedding"]
     assert result.requires_grad
     assert torch.allclose(result, expected, atol=1e-5)

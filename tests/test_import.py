@@ -23,7 +23,7 @@ finally:
 """
 ROADS = """
 import pickle, sys
-from gem_st.modeling_gem import GemTransformer
+from gem_st import GemTransformer
 assert GemTransformer.__module__ == "gem_st"
 assert pickle.loads(pickle.dumps(GemTransformer)) is GemTransformer
 import gem_st

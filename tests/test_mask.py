@@ -8,18 +8,13 @@ import pytest
 import torch
 
 from gem_st import GemLoss, gem_attention_mask
-from gem_st import modeling_gem as modeling
-from gem_st.modeling_gem import (
-    GEM,
-    PREFIX,
-    SUFFIX,
-    gem_position_ids,
-    gem_segments,
-    length_buckets,
-    pack_texts,
-    pool_gem_tokens,
-)
-from gem_st.views import split_rows
+from gem_st.losses.objective import RowObjective
+from gem_st.losses.rows import split_rows
+from gem_st.modeling import gem_embedder, gem_mask, gem_passes
+from gem_st.modeling.gem_embedder import length_buckets
+from gem_st.modeling.gem_mask import GEM, PREFIX, SUFFIX, gem_position_ids, gem_segments
+from gem_st.modeling.gem_passes import PackedPass, pack_texts
+from gem_st.modeling.gem_tokens import pool_gem_tokens
 
 from .conftest import CORPUS
 
@@ -106,11 +101,11 @@ def test_a_forbidden_token_moves_nothing_and_an_allowed_one_does(make_model, arc
     segments = torch.tensor([[P, P, G, G, S, S]])
     ids = torch.tensor([[10, 11, *gem.gem_token_ids, 12, 13]])
     real = torch.ones_like(ids)
-    before = gem._last_hidden_state(ids, segments, real)
+    before = gem.base.states(ids, segments, real)
     for key, row in enumerate(torch.tensor(MIDDLE_ROW).T):
         changed = ids.clone()
         changed[0, key] = 20
-        moved = (gem._last_hidden_state(changed, segments, real) - before).abs().amax(-1)[0] > 1e-7
+        moved = (gem.base.states(changed, segments, real) - before).abs().amax(-1)[0] > 1e-7
         # A suffix token is moved by a prefix token through the GEM tokens, although it cannot attend to it.
         through_gem = torch.tensor([False] * 4 + [key < 2] * 2)
         assert moved.tolist() == (row.bool() | through_gem).tolist()
@@ -231,12 +226,17 @@ def test_length_buckets_split_where_padding_costs_more_than_a_pass():
 
 
 def test_groups_of_like_length_give_the_states_of_one_batch(make_model, monkeypatch):
-    model = make_model(num_gem_tokens=2)
+    model = make_model(num_gem_tokens=2).eval()
     features = model.preprocess(["It rained.", "She bought bread. " * 8, "A letter came.", "They walked along. " * 8])
-    monkeypatch.setattr("gem_st.modeling_gem.BUCKET_COST", {"cpu": 10**6})
-    one_batch = model(dict(features))["token_embeddings"]
-    monkeypatch.setattr("gem_st.modeling_gem.BUCKET_COST", {"cpu": 0})
-    grouped = model(dict(features))["token_embeddings"]
+    states, passes = [], []
+    model[0].model.model.register_forward_hook(lambda *_: passes.append(1))
+    for cost, num_passes in ((10**6, 1), (0, 3)):
+        monkeypatch.setitem(gem_embedder.BUCKET_COST, "cpu", cost)
+        with torch.no_grad():
+            states.append(model(dict(features))["token_embeddings"])
+        assert len(passes) == num_passes
+        passes.clear()
+    one_batch, grouped = states
     real = features["attention_mask"].bool()
     torch.testing.assert_close(grouped[real], one_batch[real], atol=1e-6, rtol=1e-5)
 
@@ -285,12 +285,14 @@ def test_packed_texts_have_the_states_and_gradients_they_have_alone(make_model, 
     torch.manual_seed(0)
     rows, _ = loss.build_rows(split_rows(*model.preprocess(CORPUS).values(), gem.gem_token_ids))
     results, calls = [], []
-    run = gem._packed_hidden_states
-    monkeypatch.setattr(gem, "_packed_hidden_states", lambda *args: calls.append(1) or run(*args))
-    for cost in (10**9, 0):
-        monkeypatch.setitem(modeling.BUCKET_COST, "cpu", cost)
+    run = PackedPass.__call__
+    monkeypatch.setattr(PackedPass, "__call__", lambda *args: calls.append(1) or run(*args))
+    for padding in (10**9, 0):
+        monkeypatch.setattr(gem_passes, "PACKED_PADDING", padding)
+        monkeypatch.setitem(gem_embedder.BUCKET_COST, "cpu", padding)
         model.zero_grad()
-        output = model(loss.collate(rows))
+        features = loss.collate(rows)
+        output = model({**features, "objective": RowObjective(features.pop("labels"))})
         (output["ntp_loss"] + output["sentence_embedding"].square().sum()).backward()
         gradient = gem.model.get_input_embeddings().weight.grad.clone()
         results.append((output["sentence_embedding"], output["ntp_loss"], gradient))
@@ -300,7 +302,7 @@ def test_packed_texts_have_the_states_and_gradients_they_have_alone(make_model, 
 
 
 def test_models_that_cannot_be_masked_are_not_packed(make_model, monkeypatch):
-    assert make_model()[0]._can_pack
-    assert not make_model(freeze_base=True)[0]._can_pack
-    monkeypatch.setattr(modeling, "_combine_masks", lambda mask, rule, is_causal: is_causal.expand_as(rule))
-    assert not make_model()[0]._can_pack
+    assert make_model()[0].embedder.packed.works
+    assert make_model(freeze_base=True)[0].embedder.packed is None
+    monkeypatch.setattr(gem_mask, "_combine_masks", lambda mask, rule, is_causal: is_causal.expand_as(rule))
+    assert not make_model()[0].embedder.packed.works

@@ -121,10 +121,11 @@ def test_all_ways_through_mteb_give_the_same_scores(checkpoint, tmp_path, monkey
 def test_documents_have_no_instruction_and_a_local_name_only_where_mteb_knows_it(checkpoint, monkeypatch):
     model = SentenceTransformer(str(checkpoint), trust_remote_code=True, device="cpu")
     seen: list[tuple[str, str]] = []
-    real = type(model[0])._tokenize
+    codec = type(model[0].base.text)
+    real = codec.encode
     monkeypatch.setattr(
-        type(model[0]),
-        "_tokenize",
+        codec,
+        "encode",
         lambda self, texts, prompt="", *args, **kwargs: (
             seen.extend((text, prompt) for text in texts) or real(self, texts, prompt, *args, **kwargs)
         ),

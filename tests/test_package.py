@@ -27,7 +27,11 @@ def test_the_wheel_passes_tests_without_the_source(tmp_path):
     shutil.rmtree(source)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     files = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("gem_st/")}
-    assert files == {f"gem_st/{path.name}" for path in (ROOT / "gem_st").iterdir() if path.is_file()}
+    assert files == {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "gem_st").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)], **run)
@@ -48,10 +52,12 @@ def test_the_wheel_passes_tests_without_the_source(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_file_in_checkpoints_imports_only_what_sentence_transformers_brings():
-    from transformers.dynamic_module_utils import get_imports, get_relative_imports
+def test_the_code_in_checkpoints_is_one_wing_and_imports_only_what_sentence_transformers_brings():
+    from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-    file = Path(ROOT / "gem_st" / "modeling_gem.py")
+    folder = ROOT / "gem_st" / "modeling"
+    entry, files = folder / "gem_transformer.py", {*folder.glob("gem_*.py")}
+    assert {entry, *map(Path, get_relative_import_files(entry))} == files
     brought = {"torch", "transformers", "sentence_transformers", "safetensors", "typing_extensions"}
-    assert set(get_imports(file)) <= brought | sys.stdlib_module_names
-    assert get_relative_imports(file) == []
+    for file in files:
+        assert set(get_imports(file)) <= brought | sys.stdlib_module_names, file

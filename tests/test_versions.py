@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gem_st.modeling_gem import REQUIREMENTS, TESTED_TOGETHER
+from gem_st.modeling.gem_adapter import TESTED_TOGETHER
+from gem_st.modeling.gem_checkpoint import REQUIREMENTS
 
 from .conftest import ROOT
 

@@ -182,7 +182,7 @@ class GemLoss(nn.Module):
         if self.plain_ratio < 1:
             gem.require_attention_mask()
         gem.embedder.prepare_for_training()
-        self.num_special = gem.num_special_tokens
+        self.num_special = gem.base.text.num_special_tokens
         use_gem_card(model)
 
     def _plan(self, column_names: Sequence[str] = (), has_labels: bool = False) -> RowPlan:

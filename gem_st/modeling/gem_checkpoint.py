@@ -22,6 +22,7 @@ from transformers.utils import cached_file, logging
 from .gem_adapter import add_lora, import_peft
 from .gem_base import GemBase
 from .gem_files import BaseSource, check_base_unchanged, copy_base, fingerprint_base, is_local
+from .gem_tokens import POOLING_MODES
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +35,19 @@ CODE_NAME = re.compile(r"gem_\w+\.py")
 
 CHECKPOINT = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 """Names of the folders that a trainer resumes from."""
+
+
+def check_options(num_gem_tokens: int, pooling: str, has_place_for_lora: bool) -> None:
+    """Raise if an option is out of range."""
+    if not has_place_for_lora:
+        raise ValueError(
+            "lora_rank and lora_kwargs belong to freeze_base=True. For a LoRA on every token, use "
+            "model.add_adapter(LoraConfig(...)) on the SentenceTransformer."
+        )
+    if not isinstance(num_gem_tokens, int) or isinstance(num_gem_tokens, bool) or num_gem_tokens < 1:
+        raise ValueError(f"num_gem_tokens must be a whole number of 1 or more, got {num_gem_tokens!r}.")
+    if pooling not in POOLING_MODES:
+        raise ValueError(f"pooling must be one of {POOLING_MODES}, got {pooling!r}.")
 
 
 def check_saved_settings(model_name_or_path: str, saved: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -7,16 +7,14 @@ sentence_transformers, safetensors and each other only.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 try:  # before the files beside it, of which old versions would raise something else
@@ -36,10 +34,10 @@ from .gem_adapter import (
     lora_options,
     share_weights,
 )
-from .gem_base import Evaluating, GemBase
-from .gem_cache import GemCache, GemMemory
+from .gem_base import GemBase
 from .gem_checkpoint import (
     CONFIG_FILE,
+    check_options,
     check_saved_settings,
     check_writable,
     find_base,
@@ -52,20 +50,27 @@ from .gem_checkpoint import (
 from .gem_dtypes import WeightTypes
 from .gem_embedder import Embedder
 from .gem_files import is_local
-from .gem_generator import GeneratedText, Generator, Reader
+from .gem_generator import Generator, Reader
+from .gem_language import LanguageMethods
 from .gem_mask import Rows
 from .gem_passes import AppendPass, CausalPass, PackedPass, StagedPass
-from .gem_probes import probe_base, require_attention_mask
+from .gem_probes import probe_base
 from .gem_sharding import Gathered, is_writer, value_of
-from .gem_text import Prompts
-from .gem_tokens import POOLING_MODES, GemTokens, claim_gem_tokens, draw_gem_rows, write_gem_rows
+from .gem_tokens import GemTokens, claim_gem_tokens, draw_gem_rows, write_gem_rows
 
 logger = logging.get_logger(__name__)
 
-HUB_KWARGS = ("subfolder", "token", "cache_dir", "revision", "local_files_only")
+HUB_KWARGS: dict[str, Any] = {
+    "subfolder": "",
+    "token": None,
+    "cache_dir": None,
+    "revision": None,
+    "local_files_only": False,
+}
+"""How files are read from the Hub, and what is the default."""
 
 
-class GemTransformer(InputModule):
+class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a tokenizer in one place, not one of its own
     """A decoder-only language model that embeds text through GEM tokens, as a Sentence-Transformers module.
 
     ``SentenceTransformer(modules=[GemTransformer("meta-llama/Llama-3.2-1B", num_gem_tokens=4)])`` is an embedder to
@@ -92,19 +97,12 @@ class GemTransformer(InputModule):
             masked as K asks for, weights are missing, tokenizer and model do not fit each other, or a GEM checkpoint
             was saved with other settings.
 
-    Attributes:
-        model: The ``*ForCausalLM``.
-        tokenizer: The base model's tokenizer, unchanged.
-        num_gem_tokens: K.
-        gem_token_ids: Vocabulary rows of the GEM tokens.
-        gem_token_source: Where they come from, see :func:`choose_gem_token_ids`.
-        max_seq_length: Tokens in a row, GEM tokens included.
+    Attributes, beside those of :class:`GemParts`:
         save_base: Whether checkpoints hold the base beside an adapter, or only name it; True by default.
         save_dtype: Data type of the weights in checkpoints of full mode, e.g. ``torch.float32``. By default, None,
             weights are saved as they are, those that :meth:`train_in_float32` cast as they were loaded.
         base_model_name_or_path: The base as checkpoints with an adapter name it.
         base_model_revision: Its commit on the Hub.
-        logit_scale: Log of the factor on cosine similarities in :class:`gem_st.GemLoss`. Shape: ``(1,)``
 
     References:
         GEM: Empowering LLM for both Embedding Generation and Language Understanding, https://arxiv.org/abs/2506.04344
@@ -121,11 +119,6 @@ class GemTransformer(InputModule):
     ]
     save_in_root = True
 
-    model: Any  # a PreTrainedModel with a language-model head; typed loosely, as its methods depend on its class
-    adapter_model: Any
-    gem_embeddings: nn.Parameter
-    base_model_revision: str | None
-
     def __init__(
         self,
         model_name_or_path: str,
@@ -141,15 +134,7 @@ class GemTransformer(InputModule):
         config_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not freeze_base and (lora_rank is not None or lora_kwargs is not None):
-            raise ValueError(
-                "lora_rank and lora_kwargs belong to freeze_base=True. For a LoRA on every token, use "
-                "model.add_adapter(LoraConfig(...)) on the SentenceTransformer."
-            )
-        if not isinstance(num_gem_tokens, int) or isinstance(num_gem_tokens, bool) or num_gem_tokens < 1:
-            raise ValueError(f"num_gem_tokens must be a whole number of 1 or more, got {num_gem_tokens!r}.")
-        if pooling not in POOLING_MODES:
-            raise ValueError(f"pooling must be one of {POOLING_MODES}, got {pooling!r}.")
+        check_options(num_gem_tokens, pooling, freeze_base or (lora_rank is None and lora_kwargs is None))
         self.freeze_base = freeze_base
         hub_kwargs = {key: value for key, value in (model_kwargs or {}).items() if key in HUB_KWARGS}
         saved = self._load_gem_config(model_name_or_path, hub_kwargs)
@@ -215,74 +200,6 @@ class GemTransformer(InputModule):
         rows = draw_gem_rows(self.model.get_input_embeddings()(used), self.num_gem_tokens)
         self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
 
-    # ---- what it is
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's tokenizer, unchanged."""
-        return self.base.text.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.base.text.tokenizer = tokenizer
-
-    @property
-    def num_gem_tokens(self) -> int:
-        """K."""
-        return len(self.gem_tokens)
-
-    @property
-    def gem_token_ids(self) -> list[int]:
-        """Vocabulary rows of the GEM tokens."""
-        return self.gem_tokens.ids
-
-    @property
-    def gem_token_source(self) -> str:
-        """Where they come from, see :func:`choose_gem_token_ids`."""
-        return self.gem_tokens.source
-
-    @property
-    def pooling(self) -> str:
-        """``"mean"`` or ``"concat"``."""
-        return self.gem_tokens.pooling
-
-    @property
-    def has_adapter(self) -> bool:
-        """True if a PEFT adapter works on every token, as `SentenceTransformer.add_adapter` makes it."""
-        return bool(getattr(self.model, "peft_config", None))
-
-    @property
-    def mode(self) -> str:
-        """``"frozen"``, ``"lora"`` (on every token) or ``"full"``."""
-        return "frozen" if self.freeze_base else "lora" if self.has_adapter else "full"
-
-    @property
-    def gem_model(self) -> Any:
-        """The model that GEM tokens run through, and a LoRA works on."""
-        return self.adapter_model if self.freeze_base else self.model
-
-    @property
-    def max_seq_length(self) -> int:
-        """Tokens in a row, the K GEM tokens included. Texts are truncated to fit."""
-        return self._max_seq_length
-
-    @max_seq_length.setter
-    def max_seq_length(self, value: int | None) -> None:
-        model_limit = self.base.context
-        limit = min(model_limit, self.tokenizer.model_max_length)
-        if value is None:
-            value = int(limit) if limit < 1e9 else 2048
-        if value <= self.num_gem_tokens + 1 or value > model_limit:
-            raise ValueError(
-                f"max_seq_length={value} must be more than num_gem_tokens + 1 = {self.num_gem_tokens + 1}, so that "
-                f"some text is left beside the GEM tokens, and at most the model's context of {model_limit} tokens."
-            )
-        self._max_seq_length = int(value)
-
-    def get_embedding_dimension(self) -> int:
-        """Size of an embedding: D for ``pooling="mean"``, K * D for ``pooling="concat"``."""
-        return self.facts.width * (1 if self.pooling == "mean" else self.num_gem_tokens)
-
     def get_config_dict(self) -> dict[str, Any]:
         """Settings written to ``gem_config.json``; with them a reload is exact."""
         save_base = self.save_base and not self.has_adapter
@@ -299,8 +216,6 @@ class GemTransformer(InputModule):
         names = ("base_model_name_or_path", "base_model_revision")
         return {**settings, **{name: getattr(self, name) for name in names}}
 
-    # ---- training
-
     def train(self, mode: bool = True) -> GemTransformer:
         """Set training mode; a frozen base stays in evaluation mode, so that what it computes never changes."""
         if not mode and not any(module.training for module in self.modules()):
@@ -311,35 +226,6 @@ class GemTransformer(InputModule):
             if mode and any(getattr(m, "gradient_checkpointing", False) for m in self.adapter_model.modules()):
                 disable_checkpointing(self.adapter_model)  # it drops the cache; K tokens need none
         return self
-
-    def train_in_float32(self) -> None:
-        """Have the weights that are trained in float32, unless a data type was asked for; :class:`gem_st.GemLoss` does.
-
-        In full mode that is the whole model. A LoRA is float32 whatever its base is, which stays as it is.
-        """
-        self._weight_types.train_in_float32(self.has_adapter)
-
-    def as_saved(self, device: str | None = None) -> contextlib.AbstractContextManager[None]:
-        """Context in which the weights of the language model are in the data types that they are saved in.
-
-        They are copies; the weights themselves come back unchanged.
-
-        Args:
-            device: Where the copies are; beside the weights by default.
-        """
-        if self.mode != "full":
-            return contextlib.nullcontext()
-        return self._weight_types.as_saved(self.save_dtype, device)
-
-    def require_attention_mask(self) -> None:
-        """Make sure that the GEM mask is obeyed, as K > 1 and rows with a suffix need it.
-
-        FlashAttention takes no such mask; the model is then switched to sdpa (or eager), with a warning.
-
-        Raises:
-            ValueError: If the model has no attention that could be masked, e.g. a state-space model.
-        """
-        require_attention_mask(self.base, shares_positions=self.num_gem_tokens > 1 or self.freeze_base)
 
     # ---- text -> embedding
 
@@ -363,18 +249,6 @@ class GemTransformer(InputModule):
         """
         rows = self.base.text.encode(inputs, prompt or "", self._num_places(max_length))
         return self.pad([torch.tensor(row + self.gem_token_ids) for row in rows])
-
-    def _num_places(self, max_length: int | None) -> int:
-        """Tokens of text in a row of so many, by default of :attr:`max_seq_length`."""
-        if max_length is not None and max_length <= self.num_gem_tokens + 1:
-            raise ValueError(
-                f"max_length={max_length} must be more than num_gem_tokens + 1 = {self.num_gem_tokens + 1}."
-            )
-        return (self.max_seq_length if max_length is None else max_length) - self.num_gem_tokens
-
-    def pad(self, rows: list[Tensor], padding_side: str | None = None) -> dict[str, Tensor]:
-        """Pad rows of token ids to one length, see :meth:`TextCodec.pad`. Shapes: ``(T_i,)`` each -> ``(B, T)`` each"""
-        return self.base.text.pad(rows, padding_side)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Embed rows that hold K GEM tokens each, at the end or between a prefix and a suffix.
@@ -400,132 +274,6 @@ class GemTransformer(InputModule):
         features["sentence_embedding"] = self.gem_tokens.pool(states, rows.segments)
         features["token_embeddings"] = rows.restore(states)
         return features
-
-    # ---- one cache for embedding and generation
-
-    @torch.no_grad()
-    def prefill(self, texts: Prompts, *, prompt: str | None = None, max_length: int | None = None) -> GemCache:
-        """Read texts once, to embed and to continue them.
-
-        Args:
-            texts: Texts or chat messages, as :meth:`generate` takes them.
-            prompt: Put before every text; none of the model's prompts is by itself.
-            max_length: Tokens in a row, the K places for GEM tokens included, instead of :attr:`max_seq_length`.
-                Longer texts are truncated as `encode` does, with a warning.
-
-        Returns:
-            A cache of B rows, whose GEM tokens are yet to come.
-        """
-        text, width = self.base.text, self._num_places(max_length)
-        rows, _ = text.encode_prompts(texts, prompt or "")
-        if any(len(row) > width for row in rows):
-            logger.warning(
-                f"Some of {len(rows)} texts were truncated to {width} tokens; raise max_length to keep more."
-            )
-            rows, _ = text.encode_prompts(texts, prompt or "", width)
-        with Evaluating(self):
-            return self.reader.append(None, rows)
-
-    @torch.no_grad()
-    def extend(self, cache: GemCache, texts: str | Sequence[str]) -> GemCache:
-        """Append text to what a cache has read, at the price of the new tokens.
-
-        Args:
-            cache: What was read before; it stays as it is.
-            texts: One text for each row, or one for all. Each is tokenised on its own, without special tokens.
-
-        Returns:
-            A new cache.
-
-        Raises:
-            ValueError: If there are more or fewer texts than rows, or they exceed the model's context.
-        """
-        texts = [texts] * len(cache) if isinstance(texts, str) else list(texts)
-        if len(texts) != len(cache):
-            raise ValueError(f"extend needs one text for each of {len(cache)} rows, or one for all, got {len(texts)}.")
-        with Evaluating(self):
-            return self.reader.append(cache, self.base.text.encode(texts, add_special_tokens=False))
-
-    @torch.no_grad()
-    def summarize(self, cache: GemCache) -> Tensor:
-        """Embed what a cache has read, at the price of K tokens.
-
-        Args:
-            cache: From :meth:`prefill`, :meth:`extend` or :meth:`generate`; it stays as it is.
-
-        Returns:
-            What `encode` gives for the same tokens, before further modules.
-            Shape: ``(B, D)``, or ``(B, K * D)`` for concat
-
-        Raises:
-            ValueError: If the cache is not of this model.
-        """
-        with Evaluating(self):
-            return self.embedder.embed_cache(cache)
-
-    @torch.no_grad()
-    def compress(self, texts: Prompts | GemCache) -> GemMemory:
-        """Keep of texts only the keys and values of their K GEM tokens (paper, table 6).
-
-        Args:
-            texts: Texts or chat messages, or a cache that has read them.
-
-        Returns:
-            A memory of B rows, whose size does not depend on the texts' length.
-        """
-        cache: Any = texts if hasattr(texts, "kind") else self.prefill(texts)
-        with Evaluating(self):
-            return self.embedder.compress(cache)
-
-    @torch.no_grad()
-    def reconstruct(self, memory: GemMemory, **generate_kwargs: Any) -> list[str]:
-        """Write the texts that a memory was made of, as far as it holds them (paper, table 6).
-
-        It takes a model trained with the reconstruction task of :class:`gem_st.GemLoss`. Decoding is greedy unless
-        asked otherwise, and stops after as many tokens as the text had.
-
-        Args:
-            memory: From :meth:`compress`.
-            **generate_kwargs: Passed to transformers' ``generate``; the first token is always the most likely one.
-
-        Returns:
-            One text for each row.
-
-        Raises:
-            ValueError: If it is no memory.
-        """
-        with Evaluating(self):
-            return self.generator.reconstruct(memory, **generate_kwargs)
-
-    def generate(
-        self,
-        prompts: Prompts | None = None,
-        *,
-        cache: GemCache | None = None,
-        return_cache: bool = False,
-        **generate_kwargs: Any,
-    ) -> str | list[str] | GeneratedText:
-        """Continue text, or answer chat messages, as the language model that this model still is.
-
-        Args:
-            prompts: A text, a list of texts, the messages of a conversation (dicts with ``role`` and ``content``),
-                or a list of such conversations. Messages need a tokenizer with a chat template.
-            cache: What was read before, instead of prompts; it stays as it is.
-            return_cache: Also return what was read and written, without the end token, to be embedded or extended.
-            **generate_kwargs: Passed to transformers' ``generate``, e.g. ``max_new_tokens=40, do_sample=True``.
-
-        Returns:
-            The new text, without the prompt: a string for a single prompt, otherwise, and for a cache, a list of
-            strings. With ``num_return_sequences`` above 1 always a list, all sequences of a prompt in a row. With
-            ``return_cache`` the pair ``(text, cache)``.
-
-        Raises:
-            ValueError: If a prompt is not text, messages are given and the tokenizer has no chat template, or there
-                is not either a prompt or a cache to start from.
-        """
-        options = {"cache": cache, "return_cache": return_cache, **generate_kwargs}
-        with Evaluating(self):
-            return self.generator.generate(prompts, **options)
 
     # ---- checkpoints
 
@@ -565,15 +313,10 @@ class GemTransformer(InputModule):
         )
 
     @classmethod
-    def load(
+    def load(  # type: ignore[override]  # where it is, is handed on as Sentence Transformers names it
         cls,
         model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        init_defaults: dict[str, Any] | None = None,
+        *,
         trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
@@ -585,45 +328,34 @@ class GemTransformer(InputModule):
 
         Args:
             model_name_or_path: Folder or Hub id.
-            subfolder: Folder inside it.
-            token: Hub token.
-            cache_folder: Folder for downloads.
-            revision: Branch, tag or commit.
-            local_files_only: Do not ask the Hub.
-            init_defaults: Not used; all settings are saved.
             trust_remote_code: Passed on, for bases that bring code of their own.
             model_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
             processor_kwargs: Passed to ``AutoTokenizer.from_pretrained``.
             config_kwargs: Passed to ``AutoConfig.from_pretrained``.
             backend: Only ``"torch"``.
-            **kwargs: Not used.
+            **kwargs: ``subfolder``, ``token``, ``cache_folder``, ``revision`` and ``local_files_only``.
 
         Raises:
             ValueError: If the checkpoint holds no GEM settings, or ``backend`` is not ``"torch"``.
         """
         if backend != "torch":
             raise ValueError(f"GEM checkpoints run on backend='torch', got {backend!r}.")
-        hub_kwargs = {
-            "subfolder": subfolder,
-            "token": token,
-            "cache_dir": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
+        hub_kwargs = {name: kwargs.get(name, default) for name, default in HUB_KWARGS.items()}
+        hub_kwargs["cache_dir"] = kwargs.get("cache_folder")
         saved = cls._load_gem_config(model_name_or_path, hub_kwargs)
         if not saved:
             raise ValueError(
                 f"{model_name_or_path} holds no {cls.config_file_name}: it is not a GEM checkpoint. To make one of a "
                 f"base model, use SentenceTransformer(modules=[GemTransformer({str(model_name_or_path)!r})])."
             )
+        given = {"model_kwargs": model_kwargs, "processor_kwargs": processor_kwargs, "config_kwargs": config_kwargs}
+        options = {"trust_remote_code": trust_remote_code, **hub_kwargs}
         return cls(
             model_name_or_path,
             num_gem_tokens=saved["num_gem_tokens"],
             pooling=saved["pooling"],
             freeze_base=saved.get("freeze_base", False),
-            model_kwargs={**hub_kwargs, "trust_remote_code": trust_remote_code, **(model_kwargs or {})},
-            processor_kwargs={**hub_kwargs, "trust_remote_code": trust_remote_code, **(processor_kwargs or {})},
-            config_kwargs={**hub_kwargs, "trust_remote_code": trust_remote_code, **(config_kwargs or {})},
+            **cast("Any", {name: {**options, **(values or {})} for name, values in given.items()}),
         )
 
 
