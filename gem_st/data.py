@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from .files import write_text
 from .losses.rows import split_messages
 
 EXTENSIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -361,6 +362,4 @@ def read_texts(path: Path) -> list[str]:
 
 def write_texts(path: Path, texts: Iterable[str]) -> None:
     """Write a jsonl file with one ``text`` a line; never half of one."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
-    part.replace(path)
+    write_text(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))

@@ -22,10 +22,12 @@ from transformers.utils import logging
 
 from . import hub
 from .baselines import BASELINES, build_baseline, set_padding_token
+from .files import write_json, write_text
+from .finding import find_gem
 from .generation import GenerationTask, evaluate_generation, retry_smaller
 from .health import measure_health
 from .modeling.gem_files import is_local
-from .report import describe_versions, write_json, write_text
+from .report import describe_versions
 from .retention import compare_generators
 from .scores import EvalResults, draw_bars, render_markdown, update_card
 from .scoring import describe_settings, describe_tokenizer, fingerprint, score_task, update_digest, update_settings
@@ -135,7 +137,7 @@ class _Evaluation:
     def run(self) -> EvalResults:
         """Evaluate, from the checkpoint to the picture."""
         model = self.load_checkpoint()
-        gem: Any = model[0] if hasattr(model[0], "gem_token_ids") else None
+        gem: Any = find_gem(model)
         base = self.find_base(gem)
         if self.dtype == "auto":  # the base is compared in the checkpoint's
             weights = (model if gem is None else gem.model).parameters()

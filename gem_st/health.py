@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .evaluation import ReconstructionEvaluator
+from .finding import find_gem
 
 Vectors = NDArray[np.float64]
 
@@ -680,8 +681,8 @@ def measure_reconstruction(
     model: SentenceTransformer, texts: Sequence[str], batch_size: int
 ) -> list[Reconstruction] | None:
     """What comes back of texts from their GEM tokens, by length; None for a model that has none."""
-    gem: Any = model[0]
-    if not (hasattr(gem, "compress") and hasattr(gem, "reconstruct")):
+    gem = find_gem(model)
+    if gem is None:
         return None
     ids = gem.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     groups = group_by_length(texts, [len(row) for row in ids])

@@ -6,7 +6,6 @@ Nothing half-written is ever left: an export appears in its folder when it is wh
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -51,11 +50,13 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 from ._version import __version__
-from .model_card import MODEL_ID, card_facts, gem_of, render_card
+from .files import hash_file, read_json, write_json
+from .finding import require_gem
+from .model_card import MODEL_ID, card_facts, render_card
 from .modeling import gem_transformer
 from .modeling.gem_checkpoint import CODE_FILE, CODE_NAME, hash_code, hash_files
 from .modeling.gem_files import is_local
-from .stock import STOCK_FOLDER, check_stock, read_json, save_stock, write_json
+from .stock import STOCK_FOLDER, check_stock, save_stock
 
 logger = logging.get_logger(__name__)
 
@@ -126,7 +127,7 @@ def export(model: SentenceTransformer, path: str | Path, *, format: str = "gem")
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}.")
-    gem = gem_of(model)
+    gem = require_gem(model)
     if format == "stock":
         check_stock(model)
     with _all_or_nothing(Path(path)) as folder, gem.as_saved():
@@ -197,7 +198,7 @@ def _write_reference(model: SentenceTransformer, gem: Any, folder: Path, format:
             "transformers": transformers_version,
             "torch": torch.__version__,
         },
-        "files": {name: _hash(folder / name) for name in _files(folder) if name not in (CARD, REFERENCE_FILES[0])},
+        "files": {name: hash_file(folder / name) for name in _files(folder) if name not in (CARD, REFERENCE_FILES[0])},
     }
     write_json(folder / REFERENCE_FILES[0], reference)
 
@@ -206,14 +207,6 @@ def _files(folder: Path) -> list[str]:
     """Names of all files below a folder, hidden ones left out."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -320,7 +313,9 @@ def _check_files(folder: Path, names: list[str], reference: dict[str, Any]) -> C
     expected = reference.get("files", {})
     wrong = [f"{name} is missing" for name in sorted(expected.keys() - set(names))]
     wrong += [
-        f"{name} was changed" for name in sorted(expected.keys() & set(names)) if _hash(folder / name) != expected[name]
+        f"{name} was changed"
+        for name in sorted(expected.keys() & set(names))
+        if hash_file(folder / name) != expected[name]
     ]
     others = set(names) - {*expected, *REFERENCE_FILES, CARD}
     added = sorted(
@@ -351,7 +346,7 @@ def _check_code(folder: Path, names: list[str], reference: dict[str, Any], trust
     named = settings.get("remote_code") or {CODE_FILE: settings.get("remote_code_sha256")}
     if code != sorted(named):
         return Check("remote code", False, f"{sorted(named)} and nothing else was expected, found {code}")
-    hashes = {name: _hash(folder / name) for name in code}
+    hashes = {name: hash_file(folder / name) for name in code}
     for name, digest in hashes.items():
         if digest != named[name]:
             return Check("remote code", False, f"{name} has SHA-256 {digest}, gem_config.json names {named[name]}")
@@ -374,7 +369,7 @@ def _hash_code(fetch: Callable[[str], Path | None]) -> str | None:
     paths = {name: fetch(name) if CODE_NAME.fullmatch(name) else None for name in names}
     if any(path is None for path in paths.values()):
         return None
-    return hash_files({name: _hash(path) for name, path in paths.items() if path})
+    return hash_files({name: hash_file(path) for name, path in paths.items() if path})
 
 
 def _foreign_code(fetch: Callable[[str], Path | None]) -> str | None:
@@ -650,7 +645,7 @@ def _open_repo(
 def _check_source(model: Any, trust_remote_code: bool) -> Any:
     """The folder given, if it is an export in which nothing was changed; otherwise the model, loaded where needed."""
     if not isinstance(model, str | Path):
-        _check_base_is_public(gem_of(model).get_config_dict())
+        _check_base_is_public(require_gem(model).get_config_dict())
         return model
     folder = Path(model)
     if not folder.is_dir():

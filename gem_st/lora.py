@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
-from .model_card import gem_of
+from .finding import require_gem
 
 
 def merge_lora(model: SentenceTransformer) -> None:
@@ -21,7 +21,7 @@ def merge_lora(model: SentenceTransformer) -> None:
     Raises:
         ValueError: If there is nothing to merge, or merging would not be exact.
     """
-    gem = gem_of(model, "merge_lora")
+    gem = require_gem(model, "merge_lora")
     lm = gem.model
     if gem.freeze_base:
         raise ValueError(

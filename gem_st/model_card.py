@@ -15,10 +15,10 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump
 from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
-from torch import nn
 from transformers.utils import cached_file, logging
 
 from ._version import __version__
+from .finding import require_gem
 from .modeling.gem_files import is_local
 from .modeling.gem_mask import gem_mask_function, gem_segments
 
@@ -87,7 +87,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
 
     def try_to_set_base_model(self) -> None:
         """Take the base's Hub id and revision from the GEM module; a folder of this machine is not named."""
-        gem = gem_of(self.model)
+        gem = require_gem(self.model)
         if not is_local(gem.base_model_name_or_path):
             self.base_model, self.base_model_revision = gem.base_model_name_or_path, gem.base_model_revision
 
@@ -104,7 +104,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
         """Values that the template shows beside Sentence Transformers' own."""
         metadata = super().get_model_specific_metadata()
         if not self.license and not self.license_searched:
-            self.license = self.base_license = find_license(gem_of(self.model), self.local_files_only)
+            self.license = self.base_license = find_license(require_gem(self.model), self.local_files_only)
             self.license_searched = True
         if not self.citations:
             self.set_losses([])
@@ -112,7 +112,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
 
     def describe(self) -> dict[str, Any]:
         """What the template knows as ``gem``."""
-        gem, model = gem_of(self.model), self.model
+        gem, model = require_gem(self.model), self.model
         assert model is not None
         mode = gem.mode
         num_trained = sum(p.numel() for p in gem.parameters() if p.requires_grad) - gem.logit_scale.numel()
@@ -157,7 +157,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
         text = super().to_yaml(line_break)
         if self.model is None or not self.base_model:
             return text
-        is_adapter = gem_of(self.model).mode != "full"
+        is_adapter = require_gem(self.model).mode != "full"
         return f"{text}\nbase_model_relation: {'adapter' if is_adapter else 'finetune'}"
 
 
@@ -258,25 +258,6 @@ def describe_hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def gem_of(model: Any, needed_by: str = "This") -> Any:
-    """The GEM module of a model.
-
-    Args:
-        model: The model.
-        needed_by: Who needs one, for the error.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    gem = model[0] if isinstance(model, nn.Sequential) and len(model) else None
-    if not hasattr(gem, "gem_token_ids"):
-        raise ValueError(
-            f"{needed_by} needs a SentenceTransformer whose first module is a GemTransformer, got "
-            f"{type(gem).__name__}. Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
-        )
-    return gem
 
 
 def _other_dtype(gem: Any, mode: str) -> str | None:

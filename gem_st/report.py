@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ._version import __version__
 from .data import TrainData
 from .evaluation import PerplexityEvaluator
+from .files import write_json
 from .losses import GemLoss
 from .losses.rows import takes_pairs
 from .model_card import describe_hardware
@@ -245,18 +246,6 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> None:
     write_json(folder / "report.json", content)
     text = render_report(content, draw_pictures(content))
     (folder / "report.html").write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON; what it does not know becomes text."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole, or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def render_report(content: Mapping[str, Any], pictures: Mapping[str, str]) -> str:

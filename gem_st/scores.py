@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .report import write_text
+from .files import write_text
 
 GROUPS = {
     "Clustering": "Clust",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,27 +12,11 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from .model_card import gem_of
+from .files import read_json, write_json
+from .finding import require_gem
 
 STOCK_FOLDER = "embedding"
 """Folder of a stock export in which a complete Sentence-Transformers checkpoint lies."""
-
-
-def read_json(path: Path) -> Any:
-    """Content of a JSON file.
-
-    Raises:
-        ValueError: If it is not JSON, with its name.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_stock(model: SentenceTransformer) -> None:
@@ -42,7 +25,7 @@ def check_stock(model: SentenceTransformer) -> None:
     Raises:
         ValueError: If it cannot, with the reason.
     """
-    gem = gem_of(model)
+    gem = require_gem(model)
     if gem.freeze_base:
         raise ValueError(
             "A frozen base cannot be exported to stock modules: its LoRA works on GEM tokens only, and no stock module "
@@ -71,7 +54,7 @@ def save_stock(model: SentenceTransformer, folder: Path, probe_texts: Sequence[s
     Raises:
         ValueError: If a module or the tokenizer cannot be written in stock form.
     """
-    gem, inner = gem_of(model), folder / STOCK_FOLDER
+    gem, inner = require_gem(model), folder / STOCK_FOLDER
     gem.model.save_pretrained(folder)
     gem.save_tokenizer(str(folder))
     _name_for_older_readers(gem, folder)

@@ -27,6 +27,8 @@ from typer.testing import CliRunner
 
 from gem_st import GemTransformer, hub
 from gem_st.cli import app
+from gem_st.files import hash_file
+from gem_st.modeling.gem_checkpoint import hash_files
 
 from .conftest import ROOT, SIZES, build_tokenizer
 
@@ -77,7 +79,7 @@ def rehash(folder: Path) -> None:
     """Make the list of hashes fit the files, as somebody would who exports again with broken ones."""
     path = folder / "gem_reference.json"
     reference = json.loads(path.read_text())
-    reference["files"] = {name: hub._hash(folder / name) for name in reference["files"]}
+    reference["files"] = {name: hash_file(folder / name) for name in reference["files"]}
     path.write_text(json.dumps(reference))
 
 
@@ -150,20 +152,43 @@ def test_a_changed_remote_file_is_caught_and_not_run(copy, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_code_of_another_version_runs_only_if_trusted(copy):
-    before = hub._hash(copy / "gem_st.py")
-    with open(copy / "gem_st.py", "a") as file:
+def change_code(folder: Path, name: str) -> str:
+    """Have a checkpoint carry other code, and say so wherever its hash stands; gives the new hash."""
+    settings = json.loads((folder / "gem_config.json").read_text())
+    before = settings["remote_code_sha256"]
+    with open(folder / name, "a") as file:
         file.write("\nANOTHER_VERSION = True\n")
-    for name in ("gem_config.json", "README.md"):
-        text = (copy / name).read_text()
-        assert before in text
-        (copy / name).write_text(text.replace(before, hub._hash(copy / "gem_st.py")))
-    rehash(copy)
+    settings["remote_code"][name] = hash_file(folder / name)
+    settings["remote_code_sha256"] = hash_files(settings["remote_code"])
+    (folder / "gem_config.json").write_text(json.dumps(settings))
+    card = (folder / "README.md").read_text()
+    assert before in card
+    (folder / "README.md").write_text(card.replace(before, settings["remote_code_sha256"]))
+    rehash(folder)
+    return settings["remote_code_sha256"]
+
+
+@pytest.mark.parametrize("name", ["gem_st.py", "gem_mask.py"])
+def test_code_of_another_version_runs_only_if_trusted(copy, name):
+    change_code(copy, name)
     assert "pass trust_remote_code=True" in findings(copy)["remote code"]
     assert findings(copy, trust_remote_code=True) == {}
     with pytest.raises(ValueError, match="would run code that is not gem_st's: not that of gem_st"):
         hub.load(copy)
     assert hub.load(copy, trust_remote_code=True).encode("a").shape == (32,)
+
+
+def test_code_of_a_released_version_runs_without_being_trusted(copy, monkeypatch):
+    monkeypatch.setitem(hub.RELEASED_CODE, change_code(copy, "gem_passes.py"), "0.0.9")
+    assert hub.load(copy).encode("a").shape == (32,)
+    code = next(check for check in hub.verify(copy).checks if check.name == "remote code")
+    assert code.passed
+    assert code.finding.startswith("that of gem_st 0.0.9, SHA-256 ")
+
+
+def test_a_file_of_code_that_is_not_named_is_caught(copy):
+    (copy / "gem_more.py").write_text("")
+    assert "and nothing else was expected" in findings(copy)["remote code"]
 
 
 def change(path: Path, **values: object) -> None:
@@ -267,7 +292,8 @@ def test_a_card_with_wrong_metadata_is_caught(copy, old, new, expected):
     assert old in card
     text = card.replace(old, new, 1)
     if not expected:
-        text, expected = card.replace(hub._hash(copy / "gem_st.py"), "0" * 64), "does not name the SHA-256"
+        digest = json.loads((copy / "gem_config.json").read_text())["remote_code_sha256"]
+        text, expected = card.replace(digest, "0" * 64), "does not name the SHA-256"
     (copy / "README.md").write_text(text)
     assert expected in findings(copy)["card"]
 
@@ -421,7 +447,7 @@ def test_what_stock_modules_cannot_do_is_said(make_base, tmp_path):
     for model, message in (
         (build(base, num_gem_tokens=2), "the mean of K requests"),
         (build(base, freeze_base=True), "A frozen base cannot be exported"),
-        (merged, r"merge\(\)"),
+        (merged, r"merge_lora\(model\)"),
         (build(base, GemTransformer(str(base))), "no module of Sentence Transformers' own"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -494,7 +520,8 @@ def test_the_commands_say_what_the_library_says(exported, copy, tmp_path):
     settings = json.loads(output)
     assert code == 0
     assert (settings["mode"], settings["num_gem_tokens"], settings["embedding_dimension"]) == ("full", 2, 32)
-    assert settings["remote_code_sha256"] == hub._hash(exported / "gem_st.py")
+    hashes = {path.name: hash_file(path) for path in exported.glob("*.py")}
+    assert settings["remote_code_sha256"] == hash_files(hashes)
     assert run("info", exported)[1].splitlines()[1].split() == ["mode", "full"]
     code, output, _ = run("export", exported, tmp_path / "again")
     assert code == 0

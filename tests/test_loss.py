@@ -9,7 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from gem_st import AlphaSchedule, GemLoss, GemTransformer, TwoPhaseLearningRate
-from gem_st.losses import MAX_LOGIT_SCALE, find_same_texts, info_nce, next_token, text_keys
+from gem_st.losses import find_same_texts, info_nce, next_token, text_keys
+from gem_st.losses.gem_loss import MAX_LOGIT_SCALE
+from gem_st.losses.objective import RowObjective
 from gem_st.losses.rows import (
     cut_continuation,
     drop_tokens,
@@ -166,6 +168,10 @@ def test_a_batch_without_targets_has_a_loss_of_zero():
     assert states.grad.abs().max() == 0
 
 
+def with_objective(model, features: dict) -> dict:
+    return model({**features, "objective": RowObjective(features.pop("labels"))})
+
+
 def test_the_ntp_loss_of_plain_rows_is_the_base_models(model):
     """GEM tokens at the end change nothing to their left (paper, section 3)."""
     gem = model[0].eval()
@@ -174,18 +180,18 @@ def test_the_ntp_loss_of_plain_rows_is_the_base_models(model):
     rows, _ = loss.build_rows(texts)
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-100)
     expected = gem.model(input_ids=ids.clamp(min=0), labels=ids).loss
-    torch.testing.assert_close(model(loss.collate(rows))["ntp_loss"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(with_objective(model, loss.collate(rows))["ntp_loss"], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_first_suffix_token_is_predicted_from_the_last_gem_token(model):
     gem = model[0].eval()
     row, labels = join_row(torch.tensor([0, 10, 11]), gem.gem_token_ids, torch.tensor([12, 13]))
     features = {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None], "labels": labels[None]}
-    output = model(features)
-    log_probs = gem.model.get_output_embeddings()(output["token_embeddings"][0]).log_softmax(-1)
+    loss = with_objective(model, dict(features))["ntp_loss"]
+    log_probs = gem.model.get_output_embeddings()(model(features)["token_embeddings"][0]).log_softmax(-1)
     # place 3 and 4 hold the GEM tokens; 2 would predict a GEM token and 3 the other one
     expected = -(log_probs[0, 10] + log_probs[1, 11] + log_probs[4, 12] + log_probs[5, 13]) / 4
-    torch.testing.assert_close(output["ntp_loss"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
 # ---- GemLoss

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerState
 from transformers.utils import logging
 
-from ..model_card import CITATION, gem_of, use_gem_card
+from ..finding import require_gem
+from ..model_card import CITATION, use_gem_card
 from ..training import last_checkpoint
 from .dataset_checks import check_dataset, warn_of_truncation
 from .info_nce import find_same_texts, info_nce, text_keys
@@ -144,7 +145,7 @@ class GemLoss(nn.Module):
         gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
-        gem = gem_of(model, "GemLoss")
+        gem = require_gem(model, "GemLoss")
         gem.train_in_float32()
         if tasks is not None:
             check_tasks(tasks)

@@ -1,0 +1,36 @@
+"""Which module of a model is the GEM module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def find_gem(model: Any) -> Any:
+    """The GEM module of a model; None if it has none.
+
+    It may be of a class that a checkpoint brought.
+    """
+    gem = model[0] if isinstance(model, nn.Sequential) and len(model) else None
+    return gem if hasattr(gem, "gem_token_ids") else None
+
+
+def require_gem(model: Any, needed_by: str = "This") -> Any:
+    """The GEM module of a model.
+
+    Args:
+        model: The model.
+        needed_by: Who needs one, for the error.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    gem = find_gem(model)
+    if gem is None:
+        first = model[0] if isinstance(model, nn.Sequential) and len(model) else None
+        raise ValueError(
+            f"{needed_by} needs a SentenceTransformer whose first module is a GemTransformer, got "
+            f"{type(first).__name__}. Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
+        )
+    return gem
