@@ -22,7 +22,7 @@ endef
 # $(call run_tests,ENVIRONMENT): says after a failure what is installed otherwise; RECORD=1 notes the run for docs/compatibility.md
 define run_tests
 	OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal --junitxml $(1)/junit.xml; status=$$?; \
-	if [ -n "$(RECORD)" ]; then $(1)/bin/python .ci/versions.py record $(1)/junit.xml; fi; \
+	if [ -n "$(RECORD)" ]; then $(1)/bin/python .ci/versions.py record $(1)/junit.xml; $(MAKE) compatibility; fi; \
 	if [ $$status != 0 ]; then $(1)/bin/python .ci/versions.py diff; fi; \
 	exit $$status
 endef
