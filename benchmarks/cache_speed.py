@@ -21,7 +21,8 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 
-from gem_st import GemTransformer, modeling_gem
+from gem_st import GemTransformer
+from gem_st.modeling import gem_embedder
 
 BOOK = Path(__file__).resolve().parents[1] / "examples" / "data" / "train.txt"
 
@@ -122,9 +123,9 @@ def time_prompt(rounds: int, encode: Callable[[], object]) -> float:
     """Time of `encode` where nothing counts as a shared prefix, over its time as it is."""
 
     def without() -> None:
-        length, modeling_gem.SHARED_PREFIX_LENGTH = modeling_gem.SHARED_PREFIX_LENGTH, 10**9
+        length, gem_embedder.SHARED_PREFIX_LENGTH = gem_embedder.SHARED_PREFIX_LENGTH, 10**9
         encode()
-        modeling_gem.SHARED_PREFIX_LENGTH = length
+        gem_embedder.SHARED_PREFIX_LENGTH = length
 
     return ratio(rounds, without, encode)
 

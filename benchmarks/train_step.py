@@ -25,15 +25,18 @@ from unittest.mock import patch
 import sentence_transformers
 import torch
 import transformers
-from gem_st.modeling_gem import gem_segments, pool_gem_tokens
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gem_st import GemLoss, GemTransformer, modeling_gem
+from gem_st import GemLoss, GemTransformer
 from gem_st.losses import find_same_texts, info_nce, text_keys
 from gem_st.losses.rows import split_rows
+from gem_st.modeling import gem_embedder
+from gem_st.modeling.gem_mask import Rows, gem_segments
+from gem_st.modeling.gem_passes import CausalPass
+from gem_st.modeling.gem_tokens import pool_gem_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 ALPHA = 0.5
@@ -72,8 +75,9 @@ def naive_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
 
 def whole_rows(gem: GemTransformer, ids: Tensor, real: Tensor, has_gem: bool) -> Tensor:
     """Hidden states of a padded batch in one pass. Shapes: ``(B, T)`` each -> ``(B, T, D)``"""
-    segments = gem_segments(ids, real, gem.gem_token_ids)
-    return gem._causal_hidden_states(ids, segments, real) if has_gem else gem.base.states(ids)
+    if not has_gem:
+        return gem.base.states(ids)
+    return CausalPass(gem.base, gem.gem_tokens)(Rows.of(ids, real, gem.gem_token_ids))
 
 
 def our_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
@@ -84,13 +88,13 @@ def our_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
 
 def grouped_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
     """Ours without packing: texts in groups of like length."""
-    with patch.object(loss._gem[0], "_can_pack", False):
+    with patch.object(loss._gem[0].embedder, "packed", None):
         return our_loss(loss, texts)
 
 
 def padded_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
     """Ours without packing and groups, as in training of several processes before there was packing."""
-    with patch.dict(modeling_gem.BUCKET_COST, cpu=10**9):
+    with patch.object(loss._gem[0].embedder, "packed", None), patch.dict(gem_embedder.BUCKET_COST, cpu=10**9):
         return our_loss(loss, texts)
 
 

@@ -39,8 +39,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import set_seed
 
 from gem_st import GemLoss, GemModelCardData, GemTransformer
+from gem_st.cards.card_data import describe_hardware
 from gem_st.evaluation import PerplexityEvaluator, perplexity
-from gem_st.model_card import describe_hardware
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from gem_st.data import sample_texts
+from gem_st.training.data import sample_texts
 
 
 def is_plain(sentence: str) -> bool:

@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from gem_st import GemTransformer, gem_attention_mask
-from gem_st.modeling_gem import GEM, gem_position_ids, gem_segments
+from gem_st.modeling.gem_mask import GEM, gem_position_ids, gem_segments
 
 
 def main() -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
 
+from ._lazy import lazy
+from ._moved import MOVED, MovedModules
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .lora import merge_lora
-    from .losses import GemLoss
-    from .model_card import GemModelCardData
+    from .cards.card_data import GemModelCardData
+    from .checkpoints import last_checkpoint
+    from .losses.gem_loss import GemLoss
+    from .losses.schedules import AlphaSchedule, TwoPhaseLearningRate
     from .modeling.gem_cache import GemCache, GemMemory
     from .modeling.gem_mask import gem_attention_mask
     from .modeling.gem_transformer import GemTransformer
-    from .training import AlphaSchedule, TwoPhaseLearningRate, last_checkpoint
+    from .training.lora import merge_lora
 
 __all__ = [
     "AlphaSchedule",
@@ -36,25 +39,22 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "gemm_4bit_forward" not in record.getMessage()
 )
 
-_MODULES = {
-    "lora": ("merge_lora",),
-    "losses": ("GemLoss",),
-    "model_card": ("GemModelCardData",),
-    "modeling.gem_transformer": ("GemTransformer",),
+_MODULES: dict[str, tuple[str, ...]] = {
+    "cards.card_data": ("GemModelCardData",),
+    "checkpoints": ("last_checkpoint",),
+    "losses.gem_loss": ("GemLoss",),
+    "losses.schedules": ("AlphaSchedule", "TwoPhaseLearningRate"),
     "modeling.gem_cache": ("GemCache", "GemMemory"),
     "modeling.gem_mask": ("gem_attention_mask",),
-    "training": ("AlphaSchedule", "TwoPhaseLearningRate", "last_checkpoint"),
+    "modeling.gem_transformer": ("GemTransformer",),
+    "training.lora": ("merge_lora",),
 }
 """Where the public names are: torch and transformers are imported with the first that is asked for."""
 
+_WINGS = ("cards", "cli", "evaluation", "hub", "losses", "modeling", "training")
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f".{name}", __name__)
-    for module, names in _MODULES.items():
-        if name in names:
-            return globals().setdefault(name, getattr(import_module(f".{module}", __name__), name))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+sys.meta_path.append(MovedModules())
+__getattr__ = lazy(__name__, _MODULES | dict.fromkeys([*_WINGS, *MOVED], ()))
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from gem_st.model_card import CITATION, MODEL_ID
+from gem_st.cards.card_data import CITATION, MODEL_ID
 
 FOLDER = Path(__file__).resolve().parent
 

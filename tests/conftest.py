@@ -27,13 +27,14 @@ from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from gem_st import GemTransformer, dry_run
+from gem_st import GemTransformer
+from gem_st.training import preview
 
 from .forked_python import ForkedPython
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = {field.name for field in dataclasses.fields(SentenceTransformerTrainingArguments)}
-CHECKPOINTING = {next(name for name in dry_run.CHECKPOINTING if name in ARGUMENTS): True}
+CHECKPOINTING = {next(name for name in preview.CHECKPOINTING if name in ARGUMENTS): True}
 """The training argument that has activations computed once more, by the name that this transformers has for it."""
 
 BASE_8M = ROOT / "examples" / "base-8m"

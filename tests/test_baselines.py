@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from gem_st.baselines import BASELINES, build_baseline
+from gem_st.evaluation.baselines import BASELINES, build_baseline
 
 from .conftest import CORPUS
 

@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 
 from gem_st import GemLoss, TwoPhaseLearningRate
 from gem_st.cli import app
-from gem_st.data import load_source, sample_texts, set_aside
-from gem_st.dry_run import count_tokens, estimate_memory, preview, render
 from gem_st.instructions import task_prompts
-from gem_st.report import render_report
-from gem_st.train import (
+from gem_st.training.data import load_source, sample_texts, set_aside
+from gem_st.training.preview import count_tokens, estimate_memory, preview, render
+from gem_st.training.report import render_report
+from gem_st.training.run import (
     TrainConfig,
     TrainResult,
     _without_folders,
@@ -128,13 +128,13 @@ def test_the_recipe_of_the_paper_is_its_table(make_base, tmp_path):
 
 
 def load_data_of(config, dataset):
-    from gem_st.data import TrainData
+    from gem_st.training.data import TrainData
 
     return TrainData(dataset, ["text"], len(dataset), [])
 
 
 def build(config):
-    from gem_st.train import build_model
+    from gem_st.training.run import build_model
 
     return build_model(config)
 
@@ -427,7 +427,7 @@ def test_an_evaluation_set_of_texts_gives_a_loss(make_config, texts):
 
 def test_instructions_are_stored_and_not_trained_with(make_config, tmp_path, monkeypatch):
     reports: list[dict] = []
-    monkeypatch.setattr("gem_st.train.write_report", lambda folder, content: reports.append(content))
+    monkeypatch.setattr("gem_st.training.run.write_report", lambda folder, content: reports.append(content))
     Dataset.from_dict(
         {"sentence1": CORPUS, "sentence2": CORPUS[::-1], "score": [index / 8 for index in range(8)]}
     ).to_csv(tmp_path / "graded.csv")
@@ -507,7 +507,7 @@ def test_data_that_cannot_be_learned_from_is_refused_before_the_base_is_loaded(
 
 
 def test_a_loss_that_is_no_number_ends_the_training_in_one_line(make_config, texts, monkeypatch):
-    monkeypatch.setattr("gem_st.losses.info_nce", lambda *args: torch.tensor(math.nan))
+    monkeypatch.setattr("gem_st.losses.gem_loss.info_nce", lambda *args: torch.tensor(math.nan))
     config = make_config()
     result = invoke("--base", config.base, "--data", texts, "--steps", 2, "--max-length", 64, "--alpha", 0.5)
     assert result.exit_code == 1
@@ -647,9 +647,9 @@ def test_the_commands_and_options_that_docs_show_exist(tmp_path, monkeypatch):
         checked.append(config)
         return TrainResult(Path("a"), Path("b"), {}, {})
 
-    monkeypatch.setattr("gem_st.train.train", check)
-    monkeypatch.setattr("gem_st.dry_run.preview", check)
-    monkeypatch.setattr("gem_st.dry_run.render", lambda shown, color: str(shown))
+    monkeypatch.setattr("gem_st.training.run.train", check)
+    monkeypatch.setattr("gem_st.training.preview.preview", check)
+    monkeypatch.setattr("gem_st.training.preview.render", lambda shown, color: str(shown))
     monkeypatch.chdir(ROOT)
     for command in commands:
         result = invoke(*shlex.split(command.replace("\\\n", " "), comments=True))
@@ -661,7 +661,7 @@ def test_the_commands_and_options_that_docs_show_exist(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_is_saved_whatever_becomes_of_the_report(make_config, monkeypatch):
-    from gem_st import train as module
+    from gem_st.training import run as module
 
     results = iter([{"metrics": {}}])
     monkeypatch.setattr(module, "measure", lambda *args: next(results))  # the second is a StopIteration
@@ -720,7 +720,7 @@ def test_a_resumed_training_is_of_the_same_model(make_config, tmp_path):
 
 def test_texts_of_another_seed_are_not_taken_for_ones_own(make_config, tmp_path, monkeypatch):
     write = lambda base, num, seed, kwargs: [f"{seed} {index}" for index in range(num)]  # noqa: E731
-    monkeypatch.setattr("gem_st.train.generate_texts", write)
+    monkeypatch.setattr("gem_st.training.run.generate_texts", write)
     first, again, other = (make_config(self_generate=3, seed=seed) for seed in (0, 0, 1))
     assert self_generated(first) == self_generated(again) == ["0 0", "0 1", "0 2"]
     assert self_generated(other) == ["1 0", "1 1", "1 2"]

@@ -15,14 +15,14 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import gem_st.evaluate as evaluate_module
+import gem_st.evaluation.run as evaluate_module
 from gem_st import GemTransformer
-from gem_st.baselines import build_baseline
 from gem_st.cli import app
-from gem_st.evaluate import EvalConfig, evaluate, named_base, same_weights
-from gem_st.scores import EvalResults, insert_section, losses, render_markdown, render_row, update_card
-from gem_st.scoring import score_task
-from gem_st.suite import load_suite, read_texts_of
+from gem_st.evaluation.baselines import build_baseline
+from gem_st.evaluation.mteb_scores import score_task
+from gem_st.evaluation.results import EvalResults, insert_section, losses, render_markdown, render_row, update_card
+from gem_st.evaluation.run import EvalConfig, evaluate, named_base, same_weights
+from gem_st.evaluation.suites import load_suite, read_texts_of
 
 from .conftest import CORPUS, ROOT
 

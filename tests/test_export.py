@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 from gem_st import GemTransformer, hub
 from gem_st.cli import app
 from gem_st.files import hash_file
+from gem_st.hub.layout import RELEASED_CODE
 from gem_st.modeling.gem_checkpoint import hash_files
 
 from .conftest import ROOT, SIZES, build_tokenizer
@@ -179,7 +180,7 @@ def test_code_of_another_version_runs_only_if_trusted(copy, name):
 
 
 def test_code_of_a_released_version_runs_without_being_trusted(copy, monkeypatch):
-    monkeypatch.setitem(hub.RELEASED_CODE, change_code(copy, "gem_passes.py"), "0.0.9")
+    monkeypatch.setitem(RELEASED_CODE, change_code(copy, "gem_passes.py"), "0.0.9")
     assert hub.load(copy).encode("a").shape == (32,)
     code = next(check for check in hub.verify(copy).checks if check.name == "remote code")
     assert code.passed
@@ -327,7 +328,7 @@ def test_an_export_is_whole_or_absent(make_base, tmp_path, monkeypatch):
     def fill_the_disk(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub, "save_file", fill_the_disk)
+    monkeypatch.setattr("gem_st.hub.exporting.save_file", fill_the_disk)
     with pytest.raises(OSError, match="The disk is full") as caught:
         hub.export(model, folder)
     assert caught.value.errno == errno.ENOSPC
@@ -544,7 +545,7 @@ def test_the_commands_say_what_the_library_says(exported, copy, tmp_path):
     ],
 )
 def test_bad_input_gets_one_line_and_a_status(exported, tmp_path, monkeypatch, arguments, code, message):
-    monkeypatch.setattr(hub, "get_token", lambda: None)
+    monkeypatch.setattr("gem_st.hub.pushing.get_token", lambda: None)
     names = {"exported": exported, "new": tmp_path / "new"}
     status, _, error = run(*(argument.format(**names) for argument in arguments))
     assert status == code

@@ -17,9 +17,9 @@ import yaml
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gem_st import generation
+from gem_st.evaluation import lm_eval_tasks as generation
 from gem_st.evaluation import perplexity
-from gem_st.generation import KINDS, GenerationTask, check_task, evaluate_generation, retry_smaller
+from gem_st.evaluation.lm_eval_tasks import KINDS, GenerationTask, check_task, evaluate_generation, retry_smaller
 
 from .conftest import CORPUS, SHARED
 

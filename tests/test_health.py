@@ -13,8 +13,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Normalize
 
-from gem_st import health
-from gem_st.health import Agreement, LengthHealth, measure_health
+from gem_st.evaluation import health
+from gem_st.evaluation.health import Agreement, LengthHealth, measure_health
 
 from .conftest import CORPUS
 

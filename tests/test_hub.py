@@ -316,11 +316,12 @@ def test_another_push_in_between_is_not_overwritten_by_half(server, client, make
     code = """
     from huggingface_hub import HfApi
     from gem_st import hub
-    add = hub._list_operations
+    from gem_st.hub import pushing
+    add = pushing._list_operations
     def wait(*args):
         HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo="gem_config.json", repo_id="acme/race")
         return add(*args)
-    hub._list_operations = wait
+    pushing._list_operations = wait
     hub.push("model", "acme/race")
     """
     done = client(code)

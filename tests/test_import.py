@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_public_names_are_all_there():
     assert set(dir(gem_st)) >= set(gem_st.__all__)
     for module, names in gem_st._MODULES.items():
         for name in names:
-            assert getattr(gem_st, name) is getattr(getattr(gem_st, module), name)
+            assert getattr(gem_st, name) is getattr(import_module(f"gem_st.{module}"), name)
 
 
 def test_a_name_that_is_not_there():

@@ -21,8 +21,8 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem_st import AlphaSchedule, GemLoss, GemModelCardData, GemTransformer, gem_attention_mask, hub
+from gem_st.cards.card_data import CITATION, MODEL_ID, draw_mask
 from gem_st.evaluation import PerplexityEvaluator
-from gem_st.model_card import CITATION, MODEL_ID, draw_mask
 from gem_st.modeling.gem_mask import gem_segments
 
 from .conftest import CORPUS, ROOT, quiet_arguments

@@ -15,8 +15,8 @@ import yaml
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
+from gem_st.evaluation.mteb_entry import RECIPES, main, model_meta, register
 from gem_st.instructions import task_prompts
-from gem_st.mteb_meta import RECIPES, main, model_meta, register
 
 from .conftest import CORPUS, ROOT
 
@@ -282,13 +282,13 @@ def test_bad_entries_are_refused(monkeypatch):
         model_meta("x")
     with pytest.raises(ValueError, match="Extra inputs are not permitted"):
         model_meta("your-name/x", num_gem_tokens=4)
-    monkeypatch.setattr("gem_st.suite.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("gem_st.evaluation.suites.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="need mteb: pip install"):
         model_meta("your-name/x")
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # each is run once more, as if for the first time
-@pytest.mark.parametrize("module", ["gem_st.__init__", "gem_st.instructions", "gem_st.mteb_meta"])
+@pytest.mark.parametrize("module", ["gem_st.__init__", "gem_st.instructions", "gem_st.evaluation.mteb_entry"])
 def test_modules_are_imported_without_mteb(module, monkeypatch):
     monkeypatch.setitem(sys.modules, "mteb", None)
     assert runpy.run_module(module)["__doc__"]

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem_st.evaluation import perplexity
-from gem_st.retention import Retention, compare_generators, compare_results
+from gem_st.evaluation.retention import Retention, compare_generators, compare_results
 
 from .conftest import CORPUS
 

@@ -12,8 +12,8 @@ import pytest
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
-from gem_st.evaluate import digest_generator
-from gem_st.scoring import fingerprint
+from gem_st.evaluation.mteb_scores import fingerprint
+from gem_st.evaluation.run import digest_generator
 
 
 def change(path: Path, **values: Any) -> None:

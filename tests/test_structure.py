@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,6 @@ def module_of(path: Path) -> str:
 def imports_of(path: Path, *, lazy: bool = False) -> set[str]:
     """Modules of gem_st that a file imports when it is imported; with ``lazy``, those within functions too."""
     found = set()
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree)) if lazy else list(top_level(tree))
     package = list(path.relative_to(PACKAGE).parent.parts)
@@ -56,6 +57,45 @@ def test_there_are_no_circles():
 
     for name in GRAPH:
         visit(name, ())
+
+
+WINGS = ("modeling", "cards", "losses", "training", "hub", "evaluation", "cli")
+"""From the ground up. Files that lie in no wing are below all but the first."""
+
+
+def test_no_wing_imports_from_one_above_it():
+    for name, path in FILES.items():
+        wing = name.partition(".")[0]
+        for other in imports_of(path, lazy=True) & FILES.keys():
+            target = other.partition(".")[0]
+            if wing in WINGS and target in WINGS:
+                assert WINGS.index(target) <= WINGS.index(wing), f"{name} imports {other}"
+            elif target in WINGS and name not in ("", "__init__", "_moved"):
+                assert target == "modeling", f"{name}, on the ground floor, imports {other}"
+
+
+def test_old_paths_go_on_with_a_warning():
+    code = """
+import sys, warnings
+warnings.simplefilter("error", DeprecationWarning)
+import gem_st._moved
+for old, places in gem_st._moved.MOVED.items():
+    try:
+        __import__(f"gem_st.{old}")
+    except DeprecationWarning as warning:
+        assert f"gem_st.{places[0]}" in str(warning), warning
+    else:
+        sys.exit(f"{old}: no warning")
+warnings.simplefilter("ignore", DeprecationWarning)
+from gem_st.modeling_gem import GemTransformer, gem_segments, next_token_loss
+from gem_st.model_card import GemModelCardData, gem_of
+from gem_st.views import split_rows
+import gem_st
+assert gem_st.GemTransformer is GemTransformer
+assert gem_st.evaluate.evaluate
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_travels_imports_nothing_that_does_not():

@@ -17,8 +17,8 @@ from sentence_transformers.sentence_transformer.evaluation import (
     InformationRetrievalEvaluator,
 )
 
-from gem_st.scoring import fingerprint, limit_task, score_task
-from gem_st.suite import PAPER_TASKS, load_suite, read_texts_of, sample_indices
+from gem_st.evaluation.mteb_scores import fingerprint, limit_task, score_task
+from gem_st.evaluation.suites import PAPER_TASKS, load_suite, read_texts_of, sample_indices
 
 from .conftest import CORPUS, SHARED
 
@@ -334,6 +334,6 @@ def test_the_suite_of_the_leaderboard_loads(tmp_path: Path) -> None:
 
 
 def test_without_mteb_a_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("gem_st.suite.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("gem_st.evaluation.suites.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"need mteb: pip install 'gem-st\[eval\]', with Python 3.11"):
         load_suite("smoke")

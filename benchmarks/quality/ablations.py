@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -29,8 +29,9 @@ from stsb import SPLITS, TEXTS, read_held_out, read_sentences, spearman, sts_eva
 from torch import Tensor
 from transformers import set_seed
 
-from gem_st import GemTransformer, modeling_gem
+from gem_st import GemTransformer
 from gem_st.evaluation import perplexity
+from gem_st.modeling import gem_base, gem_passes
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE: dict[str, Any] = {
@@ -78,7 +79,7 @@ NUM_HELD_OUT = 80
 
 
 def consecutive_position_ids(segments: Tensor, attention_mask: Tensor) -> Tensor:
-    """Positions as a decoder has them without GEM, to stand in for :func:`gem_st.modeling_gem.gem_position_ids`.
+    """Positions as a decoder has them without GEM, to stand in for :func:`gem_st.modeling.gem_mask.gem_position_ids`.
 
     Shapes: ``(B, T)`` each -> ``(B, T)``
     """
@@ -89,7 +90,10 @@ def use_positions(name: str) -> Any:
     """Patch the positions of rows with GEM tokens, in training and in ``encode`` of full mode (not of a cache)."""
     if name == "shared":
         return nullcontext()
-    return patch.object(modeling_gem, "gem_position_ids", consecutive_position_ids)
+    stack = ExitStack()
+    for module in (gem_base, gem_passes):
+        stack.enter_context(patch.object(module, "gem_position_ids", consecutive_position_ids))
+    return stack
 
 
 def settings_of(changes: dict[str, Any]) -> dict[str, Any]:

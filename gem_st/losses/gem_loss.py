@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerState
 from transformers.utils import logging
 
+from ..cards.card_data import CITATION, use_gem_card
+from ..checkpoints import last_checkpoint
 from ..finding import require_gem
-from ..model_card import CITATION, use_gem_card
-from ..training import last_checkpoint
+from .contrastive import find_same_texts, info_nce, text_keys
 from .dataset_checks import check_dataset, warn_of_truncation
-from .info_nce import find_same_texts, info_nce, text_keys
 from .next_token import check_output_head
 from .objective import RowObjective
 from .plan import RowPlan, check_tasks, default_token_dropout, plan_rows

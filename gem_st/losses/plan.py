@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ..training import AlphaSchedule
 from .rows import PAIR_TASKS, TASKS
+from .schedules import AlphaSchedule
 
 DEFAULT_TASKS, WHOLE_TASKS = ("reconstruction", "continuation"), ("reconstruction",)
 

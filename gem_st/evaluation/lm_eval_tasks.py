@@ -2,7 +2,7 @@
 
 Nothing here computes a metric that lm-eval has. This file turns local files into the documents that lm-eval's own
 tasks read from the Hub, runs lm-eval on a model that is already loaded, and keeps a record of every answer, so that
-two models can be compared question by question (:mod:`gem_st.retention`).
+two models can be compared question by question (:mod:`gem_st.evaluation.retention`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .evaluation import perplexity
-from .rows import read_lines, read_rows
+from ..evaluators import perplexity
+from .local_files import read_lines, read_rows
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

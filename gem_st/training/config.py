@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type
 import yaml
 
 if TYPE_CHECKING:
-    from .losses.plan import RowPlan
+    from ..losses.plan import RowPlan
 
 MODES = ("full", "frozen", "lora", "qlora")
 POOLING = ("mean", "concat")
@@ -190,8 +190,8 @@ class TrainConfig:
         Raises:
             ValueError: If rows are longer than that, or nothing would be learned.
         """
-        from .losses.plan import DEFAULT_TASKS, default_token_dropout, plan_rows
-        from .losses.rows import check_columns
+        from ..losses.plan import DEFAULT_TASKS, default_token_dropout, plan_rows
+        from ..losses.rows import check_columns
 
         new = dataclasses.replace(self, output=str(self.folder), precision=choose_precision(self.precision))
         freeze_base = self.mode == "frozen"
@@ -215,7 +215,7 @@ class TrainConfig:
         return new
 
     def _resolve_alpha(self, plan: RowPlan, learns_by_text: bool) -> None:
-        from .training import AlphaSchedule
+        from ..losses.schedules import AlphaSchedule
 
         if self.uses_schedule:
             default = AlphaSchedule() if learns_by_text else AlphaSchedule(num_ntp_steps=0)
@@ -361,7 +361,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 
 
 def _check_choices(config: TrainConfig) -> None:
-    from .losses.rows import PAIR_TASKS, TASKS
+    from ..losses.rows import PAIR_TASKS, TASKS
 
     choices = {"mode": MODES, "pooling": POOLING, "precision": PRECISIONS, "dtype": (*DTYPES, None)}
     for name, known in choices.items():
@@ -374,7 +374,7 @@ def _check_choices(config: TrainConfig) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    from .training import AlphaSchedule
+    from ..losses.schedules import AlphaSchedule
 
     ranges: dict[str, tuple[float, float]] = {
         **dict.fromkeys(("plain_ratio", "alpha", "final_alpha"), (0.0, 1.0)),

@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from .files import write_text
-from .losses.rows import split_messages
+from ..files import write_text
+from ..losses.rows import split_messages
 
 EXTENSIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {}),

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .files import write_text
+from ..files import write_text
 
 GROUPS = {
     "Clustering": "Clust",
@@ -33,16 +33,16 @@ PERPLEXITIES = ("perplexity", "word_perplexity", "token_perplexity")
 
 @dataclass
 class EvalResults:
-    """Results of :func:`gem_st.evaluate.evaluate`.
+    """Results of :func:`gem_st.evaluation.run.evaluate`.
 
     Attributes:
         name: The checkpoint.
         embedding: By task: ``main_score``, ``type``, ``metric``, ``baseline`` (the first one's, or None), with
             its ``difference``, ``baselines``, all of them by name, and mteb's other ``metrics``.
         generation: By task: ``main_score``, ``type``, ``metric``, ``baseline`` (the base's) with its ``difference``,
-            ``base``, and more of :func:`gem_st.generation.evaluate_generation`.
-        retention: :class:`gem_st.retention.Retention` as a dict, or None.
-        health: :class:`gem_st.health.Health` as a dict, or None.
+            ``base``, and more of :func:`gem_st.evaluation.lm_eval_tasks.evaluate_generation`.
+        retention: :class:`gem_st.evaluation.retention.Retention` as a dict, or None.
+        health: :class:`gem_st.evaluation.health.Health` as a dict, or None.
         config: What was evaluated, how, with which versions.
         errors: What went wrong in tasks that have no result, by task.
     """
@@ -60,7 +60,7 @@ class EvalResults:
 
         Args:
             task: Name of the task.
-            score: As :func:`gem_st.scoring.score_task` returns it.
+            score: As :func:`gem_st.evaluation.mteb_scores.score_task` returns it.
             baseline: Name of the baseline that got it; None for the checkpoint.
         """
         kept = {key: score[key] for key in ("type", "metric")}
@@ -78,7 +78,7 @@ class EvalResults:
 
         Args:
             task: Name of the task.
-            result: As :func:`gem_st.generation.evaluate_generation` returns it.
+            result: As :func:`gem_st.evaluation.lm_eval_tasks.evaluate_generation` returns it.
             is_base: Whether it is the base's.
         """
         entry = self.generation.setdefault(task, {"main_score": None, "type": result["type"], "baseline": None})

@@ -4,14 +4,14 @@
 reads a folder of this machine. With an entry both do. In Python::
 
     import mteb
-    from gem_st.mteb_meta import model_meta
+    from gem_st.evaluation.mteb_entry import model_meta
 
     meta = model_meta("your-name/Llama-3.2-1B-GEM", "gem-llama-3.2-1b", revision=COMMIT)
     mteb.evaluate(meta, mteb.get_tasks(tasks=["STSBenchmark"]))
 
 On the command line, mteb's own after such an entry was made. MODEL may be a folder; the code in it is run::
 
-    python -m gem_st.mteb_meta run -m MODEL -t STSBenchmark
+    python -m gem_st.evaluation.mteb_entry run -m MODEL -t STSBenchmark
 
 For everyone, once the checkpoint is public: a pull request to https://github.com/embeddings-benchmark/mteb that adds
 ``mteb/models/model_implementations/gem_models.py`` with ``gem_llama_1b = ModelMeta(...)``, written out with what
@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .model_card import CITATION
-from .suite import require_mteb
+from ..cards.card_data import CITATION
+from .suites import require_mteb
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta

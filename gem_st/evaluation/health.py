@@ -26,8 +26,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .evaluation import ReconstructionEvaluator
-from .finding import find_gem
+from ..evaluators import ReconstructionEvaluator
+from ..finding import find_gem
 
 Vectors = NDArray[np.float64]
 

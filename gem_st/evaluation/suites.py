@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import yaml
 
-from .generation import GenerationTask, check_task
-from .rows import read_lines, read_rows
+from .lm_eval_tasks import GenerationTask, check_task
+from .local_files import read_lines, read_rows
 
 PAPER_TASKS = (
     *("ArguAna", "ClimateFEVER", "NFCorpus", "SciFact", "StackOverflowDupQuestions", "SciDocsRR"),

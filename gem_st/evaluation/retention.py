@@ -160,7 +160,8 @@ def compare_generators(
         base: Its base.
         tokenizer: Their tokenizer.
         texts: Texts, of the kind that the base is good at.
-        results: The model's results by task, as :func:`gem_st.generation.evaluate_generation` returns them.
+        results: The model's results by task, from
+            :func:`gem_st.evaluation.lm_eval_tasks.evaluate_generation`.
         base_results: The base's, of the same tasks; tasks that only one of them has are left out.
         num_resamples: Draws of the bootstrap.
         seed: Of the bootstrap.
@@ -313,7 +314,7 @@ def compare_results(
     models' answers to them are kept together. Of many subjects, one in twenty leaves its interval by chance.
 
     Args:
-        result: The model's, as :func:`gem_st.generation.evaluate_generation` returns it.
+        result: The model's, as :func:`gem_st.evaluation.lm_eval_tasks.evaluate_generation` returns it.
         base_result: The base's.
         num_resamples: Draws of the bootstrap.
         random: Where draws come from; a generator seeded with 0 if not given.

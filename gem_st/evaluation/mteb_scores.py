@@ -14,8 +14,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from .generation import retry_smaller
-from .suite import sample_indices
+from .lm_eval_tasks import retry_smaller
+from .suites import sample_indices
 
 
 def score_task(
@@ -32,7 +32,7 @@ def score_task(
 
     Args:
         model: Any SentenceTransformer; its prompts are used as `mteb run` uses them.
-        task: Task of mteb, of the Hub or of :func:`gem_st.suite.load_suite`.
+        task: Task of mteb, of the Hub or of :func:`gem_st.evaluation.suites.load_suite`.
         name: What the model is called in the cache.
         revision: What its scores depend on, as :func:`fingerprint` gives; another one is scored anew.
         cache: Folder of mteb's result cache; None for no cache.

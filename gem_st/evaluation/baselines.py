@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .modeling.gem_text import count_special_tokens
+from ..modeling.gem_text import count_special_tokens
 
 BASELINES = {
     "mean": "mean of the last hidden states over all tokens",

@@ -12,8 +12,8 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from .files import read_json, write_json
-from .finding import require_gem
+from ..files import read_json, write_json
+from ..finding import require_gem
 
 STOCK_FOLDER = "embedding"
 """Folder of a stock export in which a complete Sentence-Transformers checkpoint lies."""

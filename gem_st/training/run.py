@@ -16,15 +16,16 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.utils import logging
 
+from ..checkpoints import last_checkpoint
+from ..files import write_json
+from ..instructions import task_prompts
+from ..losses import GemLoss
+from ..losses.dataset_checks import check_dataset
+from ..losses.schedules import AlphaSchedule, TwoPhaseLearningRate
+from ..modeling.gem_transformer import GemTransformer
+from .config import TrainConfig, load_config
 from .data import TrainData, as_texts, generate_texts, load_eval, load_source, read_texts, set_aside, write_texts
-from .files import write_json
-from .instructions import task_prompts
-from .losses import GemLoss
-from .losses.dataset_checks import check_dataset
-from .modeling.gem_transformer import GemTransformer
 from .report import describe_versions, measure, write_report
-from .train_config import TrainConfig, load_config
-from .training import AlphaSchedule, TwoPhaseLearningRate, last_checkpoint
 
 __all__ = ["TrainConfig", "TrainResult", "load_config", "train"]
 

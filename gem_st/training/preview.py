@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from ..cards.card_data import draw_mask
+from ..losses.dataset_checks import sample_rows
+from ..losses.next_token import LOGITS_BUDGET
+from ..losses.rows import drop_tokens, split_text, takes_pairs
+from ..modeling.gem_mask import GEM, PREFIX, SUFFIX
+from ..modeling.gem_text import count_special_tokens
+from .config import TrainConfig
 from .data import share_rows
-from .losses.dataset_checks import sample_rows
-from .losses.next_token import LOGITS_BUDGET
-from .losses.rows import drop_tokens, split_text, takes_pairs
-from .model_card import draw_mask
-from .modeling.gem_mask import GEM, PREFIX, SUFFIX
-from .modeling.gem_text import count_special_tokens
-from .train import load_data, read_context
-from .train_config import TrainConfig
+from .run import load_data, read_context
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 """Training arguments by which activations are computed once more instead of kept; the second one's before 5.24."""

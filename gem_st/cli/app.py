@@ -16,8 +16,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from ._version import __version__
-from .train_config import TrainConfig, load_config, parse_value
+from .._version import __version__
+from ..training.config import TrainConfig, load_config, parse_value
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,7 +80,7 @@ def main(
 def _train_options(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command every setting of a training as an option, beside its own.
 
-    There is one list of them, :class:`gem_st.train_config.TrainConfig`. Options that are not given are None.
+    There is one list of them, :class:`gem_st.training.config.TrainConfig`. Options that are not given are None.
     """
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     hints = get_type_hints(TrainConfig, include_extras=True)
@@ -125,8 +125,8 @@ def train(
     Example: gem-st train --base HuggingFaceTB/SmolLM2-135M --self-generate 5000 --mode frozen -k 4 --steps 300
     """
     with _one_line_errors(expect_any=False):
-        from .dry_run import preview, render
-        from .train import train as run
+        from ..training.preview import preview, render
+        from ..training.run import train as run
 
         options["training_arguments"] = _parse_arguments(options.pop("training_arguments") or []) or None
         settings = load_config(config, **options)
@@ -184,9 +184,9 @@ def evaluate(
     Example: gem-st eval runs/demo/frozen --suite tasks.yaml --health
     """
     with _one_line_errors(expect_any=False):
-        from .evaluate import EvalConfig
-        from .evaluate import evaluate as run
-        from .scores import render_row
+        from ..evaluation.results import render_row
+        from ..evaluation.run import EvalConfig
+        from ..evaluation.run import evaluate as run
 
         config = EvalConfig(
             checkpoint=checkpoint,
@@ -231,7 +231,7 @@ def export(
     Example: gem-st export runs/demo/full exported --format gem
     """
     with _one_line_errors():
-        from . import hub
+        from .. import hub
 
         hub.require_new(path)  # before a large model is loaded
         loaded: Any = hub.load(
@@ -242,7 +242,7 @@ def export(
             model_kwargs={"dtype": dtype},
         )
         if merge:
-            from .lora import merge_lora
+            from ..training.lora import merge_lora
 
             merge_lora(loaded)
         folder = hub.export(loaded, path, format=format.value)
@@ -265,7 +265,7 @@ def verify(
     Example: gem-st verify org/gem-llama-8b --revision main
     """
     with _one_line_errors():
-        from . import hub
+        from .. import hub
 
         result = hub.verify(model, revision=revision, token=token, trust_remote_code=trust_remote_code, device=device)
     _print(result.to_dict(), as_json, str(result))
@@ -291,7 +291,7 @@ def push(
     Example: gem-st push runs/demo/frozen org/gem-base-8m --private
     """
     with _one_line_errors():
-        from . import hub
+        from .. import hub
 
         url = hub.push(
             Path(model),
@@ -317,7 +317,7 @@ def info(model: Source, revision: Revision = None, token: Token = None, as_json:
     Example: gem-st info org/gem-llama-8b --json
     """
     with _one_line_errors():
-        from . import hub
+        from .. import hub
 
         result = hub.info(model, revision=revision, token=token)
     _print(result, as_json)

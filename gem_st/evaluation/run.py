@@ -20,18 +20,18 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from . import hub
+from .. import hub
+from ..files import write_json, write_text
+from ..finding import find_gem
+from ..modeling.gem_files import is_local
+from ..training.report import describe_versions
 from .baselines import BASELINES, build_baseline, set_padding_token
-from .files import write_json, write_text
-from .finding import find_gem
-from .generation import GenerationTask, evaluate_generation, retry_smaller
 from .health import measure_health
-from .modeling.gem_files import is_local
-from .report import describe_versions
+from .lm_eval_tasks import GenerationTask, evaluate_generation, retry_smaller
+from .mteb_scores import describe_settings, describe_tokenizer, fingerprint, score_task, update_digest, update_settings
+from .results import EvalResults, draw_bars, render_markdown, update_card
 from .retention import compare_generators
-from .scores import EvalResults, draw_bars, render_markdown, update_card
-from .scoring import describe_settings, describe_tokenizer, fingerprint, score_task, update_digest, update_settings
-from .suite import LOCAL_ADVICE, Suite, load_suite, read_texts_of
+from .suites import LOCAL_ADVICE, Suite, load_suite, read_texts_of
 
 logger = logging.get_logger(__name__)
 
@@ -53,12 +53,12 @@ class EvalConfig:
         baseline: Folder or Hub id of the base; by default the one that the checkpoint names. ``"none"`` for no
             comparison.
         compare: Baselines made of the base, keys of ``BASELINES``. The first stands in the table.
-        suite: A key of ``gem_st.suite.BENCHMARKS``, or a YAML file of local tasks.
+        suite: A key of ``gem_st.evaluation.suites.BENCHMARKS``, or a YAML file of local tasks.
         knowledge: Names of generation tasks instead of the suite's own; an empty list for none.
         output: Folder of results; by default in ``runs/eval``, by the name of the checkpoint.
         limit: Rows of each embedding task, and samples of each generation task (of MMLU: of each subject).
         batch_size: Texts in a forward pass; halved where memory runs out.
-        health: Also examine the vectors, see :mod:`gem_st.health`.
+        health: Also examine the vectors, see :mod:`gem_st.evaluation.health`.
         card: Write the results into the model card of a checkpoint that is a folder.
         dtype: Data type to load models in.
         device: Where to run them.

@@ -17,14 +17,14 @@ from huggingface_hub.utils import yaml_dump
 from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from transformers.utils import cached_file, logging
 
-from ._version import __version__
-from .finding import require_gem
-from .modeling.gem_files import is_local
-from .modeling.gem_mask import gem_mask_function, gem_segments
+from .._version import __version__
+from ..finding import require_gem
+from ..modeling.gem_files import is_local
+from ..modeling.gem_mask import gem_mask_function, gem_segments
 
 logger = logging.get_logger(__name__)
 
-TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TEMPLATE = Path(__file__).with_name("template.md")
 MODEL_ID = SentenceTransformer._model_card_model_id_placeholder
 """What stands in a card for a name that is not known yet."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
-from .finding import require_gem
+from ..finding import require_gem
 
 
 def merge_lora(model: SentenceTransformer) -> None:

@@ -18,13 +18,13 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers.utils import logging
 
-from ._version import __version__
+from .._version import __version__
+from ..cards.card_data import describe_hardware
+from ..evaluators import PerplexityEvaluator
+from ..files import write_json
+from ..losses import GemLoss
+from ..losses.rows import takes_pairs
 from .data import TrainData
-from .evaluation import PerplexityEvaluator
-from .files import write_json
-from .losses import GemLoss
-from .losses.rows import takes_pairs
-from .model_card import describe_hardware
 
 logger = logging.get_logger(__name__)
 
@@ -241,7 +241,8 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> None:
 
     Args:
         folder: Where to.
-        content: Settings, versions, measures and the trainer's log, as :func:`gem_st.train.train` puts them together.
+        content: Settings, versions, measures and the trainer's log, put together by
+            :func:`gem_st.training.run.train`.
     """
     write_json(folder / "report.json", content)
     text = render_report(content, draw_pictures(content))

@@ -1,0 +1,55 @@
+"""Module paths of version 0.1, which go on working for one release, with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_WING = [f"modeling.gem_{name}" for name in ("mask", "cache", "text", "base", "tokens", "files", "transformer")]
+MOVED: dict[str, Sequence[str]] = {
+    "baselines": ["evaluation.baselines"],
+    "data": ["training.data"],
+    "dataset_checks": ["losses.dataset_checks"],
+    "dry_run": ["training.preview"],
+    "evaluate": ["evaluation.run"],
+    "generation": ["evaluation.lm_eval_tasks"],
+    "health": ["evaluation.health"],
+    "model_card": ["cards.card_data", "finding"],
+    "modeling_gem": [*_WING, "losses.next_token", "modeling.gem_checkpoint"],
+    "mteb_meta": ["evaluation.mteb_entry"],
+    "report": ["training.report"],
+    "retention": ["evaluation.retention"],
+    "rows": ["evaluation.local_files"],
+    "scores": ["evaluation.results"],
+    "scoring": ["evaluation.mteb_scores"],
+    "stock": ["hub.stock"],
+    "suite": ["evaluation.suites"],
+    "train": ["training.run"],
+    "train_config": ["training.config"],
+    "views": ["losses.rows"],
+}
+"""Where what was in a module is now."""
+
+
+class MovedModules(MetaPathFinder, Loader):
+    """Finds old modules, and fills them with what is in the new ones."""
+
+    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Spec of an old module; None for others."""
+        package, _, module = name.rpartition(".")
+        return ModuleSpec(name, self) if package == "gem_st" and module in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Copy the names."""
+        places = MOVED[module.__name__.rpartition(".")[2]]
+        new = " and ".join(f"gem_st.{place}" for place in places)
+        warnings.warn(f"{module.__name__} has moved: import from {new}.", DeprecationWarning, stacklevel=2)
+        for place in reversed(places):
+            names = vars(import_module(f"gem_st.{place}"))
+            vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
+        if "require_gem" in vars(module):
+            vars(module)["gem_of"] = vars(module)["require_gem"]

@@ -1,0 +1,5 @@
+"""The command `gem-st`."""
+
+from .app import app
+
+__all__ = ["app"]
