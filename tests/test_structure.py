@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,16 @@ def test_rooms_are_small(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ClassDef):
             assert node.end_lineno - node.lineno < 300, node.name
+
+
+def test_the_list_of_files_is_the_tree_in_the_order_in_which_files_build_on_each_other():
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `([\w/]+\.py)` \| (.*) \|$", text, flags=re.MULTILINE))
+    docs = {
+        path.relative_to(PACKAGE).as_posix(): (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+        for path in FILES.values()
+    }
+    assert listed == {name: doc.splitlines()[0] for name, doc in docs.items() if doc}
+    order = [module_of(PACKAGE / name) for name in listed]
+    for index, name in enumerate(order):
+        assert not GRAPH[name] & {*order[index:]}, name
