@@ -25,7 +25,7 @@ MOVED: dict[str, Sequence[str]] = {
     "retention": ["evaluation.retention"],
     "rows": ["evaluation.local_files"],
     "scores": ["evaluation.results"],
-    "scoring": ["evaluation.mteb_scores"],
+    "scoring": ["evaluation.mteb_scores", "evaluation.identity"],
     "stock": ["hub.stock"],
     "suite": ["evaluation.suites"],
     "train": ["training.run"],

@@ -19,9 +19,10 @@ import gem_st.evaluation.run as evaluate_module
 from gem_st import GemTransformer
 from gem_st.cli import app
 from gem_st.evaluation.baselines import build_baseline
+from gem_st.evaluation.identity import same_weights
 from gem_st.evaluation.mteb_scores import score_task
 from gem_st.evaluation.results import EvalResults, insert_section, losses, render_markdown, render_row, update_card
-from gem_st.evaluation.run import EvalConfig, evaluate, named_base, same_weights
+from gem_st.evaluation.run import EvalConfig, evaluate, named_base
 from gem_st.evaluation.suites import load_suite, read_texts_of
 
 from .conftest import CORPUS, ROOT

@@ -12,8 +12,7 @@ import pytest
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
-from gem_st.evaluation.mteb_scores import fingerprint
-from gem_st.evaluation.run import digest_generator
+from gem_st.evaluation.identity import digest_generator, fingerprint
 
 
 def change(path: Path, **values: Any) -> None:

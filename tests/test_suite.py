@@ -17,7 +17,8 @@ from sentence_transformers.sentence_transformer.evaluation import (
     InformationRetrievalEvaluator,
 )
 
-from gem_st.evaluation.mteb_scores import fingerprint, limit_task, score_task
+from gem_st.evaluation.identity import fingerprint
+from gem_st.evaluation.mteb_scores import limit_task, score_task
 from gem_st.evaluation.suites import PAPER_TASKS, load_suite, read_texts_of, sample_indices
 
 from .conftest import CORPUS, SHARED

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from unittest import mock
 
 import numpy as np
 import torch
@@ -350,10 +349,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence lm-eval's and datasets' messages and small progress bars, not that of the model's work."""
+    """Silence lm-eval's and datasets' messages and progress bars, not those of the model's work."""
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-    from lm_eval.api import task as task_module
-    from tqdm import tqdm
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [each.level for each in loggers]
@@ -361,9 +358,8 @@ def _quiet() -> Iterator[None]:
     disable_progress_bar()
     for each in loggers:
         each.setLevel(logging.ERROR)
-    try:  # one bar for each of the 57 subjects, while prompts are put together
-        with mock.patch.object(task_module, "tqdm", functools.partial(tqdm, disable=True), create=True):
-            yield
+    try:
+        yield
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
 
 from .lm_eval_tasks import retry_smaller
 from .suites import sample_indices
@@ -140,80 +137,3 @@ def _sample_rows(part: Any, limit: int) -> Any:
         indices = sample_indices(len(next(iter(part[0].values()))), limit)
         return type(part).from_dict({key: [[value[i] for i in indices]] for key, value in part[0].items()})
     return part.select(sample_indices(len(part), limit))
-
-
-def fingerprint(model: SentenceTransformer) -> str:
-    """Digest of all that scores depend on: weights, data types, settings, tokenizer, prompts, lengths and similarity.
-
-    Args:
-        model: Any SentenceTransformer.
-
-    Returns:
-        40 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    update_digest(digest, model.state_dict())
-    settings: list[Any] = [type(model).__name__, model.prompts, model.default_prompt_name, model.max_seq_length]
-    settings += [model.truncate_dim, model.similarity_fn_name]
-    for module in cast("Iterable[Any]", model):
-        settings += [type(module).__name__, module.get_config_dict() if hasattr(module, "get_config_dict") else None]
-    settings += [describe_settings(model), describe_tokenizer(getattr(model, "tokenizer", None))]
-    update_settings(digest, settings)
-    return digest.hexdigest()[:40]
-
-
-def describe_settings(model: nn.Module) -> list[Any]:
-    """Settings of the language models and adapters in a model, which its weights do not tell: activations, scales.
-
-    Args:
-        model: Any module.
-    """
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        adapters = getattr(module, "peft_config", None)
-        for config in (getattr(module, "config", None), *(adapters.values() if isinstance(adapters, dict) else ())):
-            if hasattr(config, "to_dict"):
-                found[id(config)] = {k: v for k, v in config.to_dict().items() if k not in _NAMES}
-    return list(found.values())
-
-
-_NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
-"""Settings that say where a model comes from, not what it computes."""
-
-
-def describe_tokenizer(tokenizer: Any) -> list[Any]:
-    """What a tokenizer does to a text, whatever was set for the last batch.
-
-    Args:
-        tokenizer: One of transformers or of ``tokenizers``; None for none.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    rules = json.loads(backend.to_str()) if hasattr(backend, "to_str") else {}
-    rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
-    words = tokenizer.get_vocab() if not rules and hasattr(tokenizer, "get_vocab") else None
-    names = ("special_tokens_map", "chat_template", "padding_side", "truncation_side")
-    return [type(tokenizer).__name__, rules, words, *(getattr(tokenizer, name, None) for name in names)]
-
-
-def update_settings(digest: Any, settings: Any) -> None:
-    """Take settings into a digest.
-
-    Args:
-        digest: One of hashlib.
-        settings: Lists and dicts of what has a name; sets count the same in any order.
-    """
-    text = json.dumps(settings, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v))
-    digest.update(text.encode())
-
-
-def update_digest(digest: Any, state: Mapping[str, Any]) -> None:
-    """Take weights into a digest.
-
-    Args:
-        digest: One of hashlib.
-        state: A state dict; what is no tensor in it is left out.
-    """
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

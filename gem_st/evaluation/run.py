@@ -27,8 +27,13 @@ from ..modeling.gem_files import is_local
 from ..training.report import describe_versions
 from .baselines import BASELINES, build_baseline, set_padding_token
 from .health import measure_health
+from .identity import (
+    digest_generator,
+    fingerprint,
+    same_weights,
+)
 from .lm_eval_tasks import GenerationTask, evaluate_generation, retry_smaller
-from .mteb_scores import describe_settings, describe_tokenizer, fingerprint, score_task, update_digest, update_settings
+from .mteb_scores import score_task
 from .results import EvalResults, draw_bars, render_markdown, update_card
 from .retention import compare_generators
 from .suites import LOCAL_ADVICE, Suite, load_suite, read_texts_of
@@ -416,32 +421,6 @@ def named_base(gem: Any, config: EvalConfig) -> str | None:
         if base := base[0] if isinstance(base, list) else base:
             return base
     return config.checkpoint if gem.freeze_base and gem.save_base else None
-
-
-def same_weights(model: PreTrainedModel, other: PreTrainedModel) -> bool:
-    """True if two language models compute the same: all weights equal to the bit, in the same architecture.
-
-    Args:
-        model: A language model.
-        other: Another one.
-    """
-    first, second = model.state_dict(), other.state_dict()
-    settings = [{k: v for k, v in m.config.to_dict().items() if k not in _NAMES} for m in (model, other)]
-    if type(model) is not type(other) or first.keys() != second.keys() or settings[0] != settings[1]:
-        return False
-    return all(torch.equal(first[name], second[name].to(first[name].device)) for name in first)
-
-
-_NAMES = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache")
-"""Settings of a configuration that change nothing that is computed."""
-
-
-def digest_generator(model: PreTrainedModel, tokenizer: Any) -> str:
-    """Short digest of a language model's weights, settings and tokenizer, which names the folder of its answers."""
-    digest = hashlib.sha256()
-    update_settings(digest, [describe_settings(model), describe_tokenizer(tokenizer)])
-    update_digest(digest, model.state_dict())
-    return digest.hexdigest()[:16]
 
 
 def _digest_task(task: GenerationTask, limit: int | None) -> str:
