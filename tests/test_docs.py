@@ -57,7 +57,7 @@ def test_the_commands_and_targets_of_the_readme_exist():
 
 
 def test_the_tests_that_docs_name_exist():
-    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
     for document in ("distributed.md", "hub.md", "serving.md"):
         text = (ROOT / "docs" / document).read_text(encoding="utf-8")
         names = set(re.findall(r"`(test_\w+)`", text))
