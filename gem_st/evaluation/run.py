@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 NUM_TEXTS = 400
 """Texts on which two generators are compared, and vectors examined, if the suite names none for it."""
 
-COMPARED = 16
+MAX_COMPARED_TEXTS = 16
 """Texts in a forward pass of two generators at most: there are logits of both, and in double precision."""
 
 VERSIONS = ("mteb", "lm-eval")
@@ -291,7 +291,7 @@ class _Evaluation:
             return measure_health(model, self.texts, batch_size=max(2, batch_size)).to_dict()
 
         try:
-            self.results.health = _remember(path, lambda: retry_smaller(measure, self.config.batch_size))
+            self.results.health = cached_json(path, lambda: retry_smaller(measure, self.config.batch_size))
         except Exception as error:
             self.note_failure("health", error)
         self.save()
@@ -338,7 +338,9 @@ class _Evaluation:
         compare = partial(
             compare_generators, generator[0], *loaded, self.texts, results=results, base_results=base_results
         )
-        retention = retry_smaller(lambda size: compare(batch_size=size), min(COMPARED, self.config.batch_size))
+        retention = retry_smaller(
+            lambda size: compare(batch_size=size), min(MAX_COMPARED_TEXTS, self.config.batch_size)
+        )
         self.results.retention = retention.to_dict()
         self.progress(retention.sentence)
 
@@ -349,7 +351,7 @@ class _Evaluation:
         for number, task in enumerate(self.suite.knowledge, start=1):
             path = self.folder / "lm-eval" / digest / f"{_digest_task(task, self.config.limit)}.json"
             try:
-                result = _remember(path, partial(evaluate_generation, model, tokenizer, task, **sizes))
+                result = cached_json(path, partial(evaluate_generation, model, tokenizer, task, **sizes))
             except Exception as error:
                 self.note_failure(task.name, error)
                 continue
@@ -399,7 +401,7 @@ class _Evaluation:
         self.progress(f"Written into {folder / 'README.md'}.")
 
 
-def _remember(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached_json(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a file holds; without one, what is computed, and written there."""
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))

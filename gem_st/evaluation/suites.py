@@ -48,7 +48,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """Types of local tasks, and the columns of their files."""
 
-CLUSTERED = 16_384
+MAX_CLUSTERED_TEXTS = 16_384
 """Most texts of a local clustering task that are embedded; mteb draws as many for each of its ten clusterings."""
 
 LOCAL_ADVICE = "Local files need no network: declare them in a YAML file, and give it as --suite (docs/evaluation.md)."
@@ -344,7 +344,7 @@ def _make_clustering(files: LocalFiles, data: Path) -> Any:
     if len(set(table["label"])) < 2:
         raise ValueError(f"{data} of task {files.name!r} has one label only, {table['label'][0]!r}.")
     dataset = DatasetDict(test=Dataset.from_dict({"sentences": table["text"], "labels": table["label"]}))
-    limits = {"max_fraction_of_documents_to_embed": None, "max_document_to_embed": CLUSTERED}
+    limits = {"max_fraction_of_documents_to_embed": None, "max_document_to_embed": MAX_CLUSTERED_TEXTS}
     return files.build(AbsTaskClustering, dataset, "v_measure", **limits)
 
 

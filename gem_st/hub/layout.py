@@ -33,7 +33,7 @@ RELEASED_CODE = {
 }
 """SHA-256 of the code that checkpoints of released versions carry, which is read without being asked for trust."""
 
-READ_UNASKED = (
+LOADED_FILES = (
     *("*.py", "*config*.json", "modules.json", "base_fingerprint.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
 )

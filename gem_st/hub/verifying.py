@@ -25,7 +25,7 @@ from ..cards.card_data import card_facts
 from ..files import hash_file, read_json
 from ..modeling.gem_checkpoint import CODE_FILE, hash_files
 from .errors import check_id, translate_hub_errors
-from .layout import CARD, PICKLES, READ_UNASKED, REFERENCE_FILES, list_files
+from .layout import CARD, LOADED_FILES, PICKLES, REFERENCE_FILES, list_files
 from .loading import ADVICE, fetch, find_foreign_code, hash_code_of, known_code, untrusted
 from .stock import STOCK_FOLDER
 
@@ -138,7 +138,7 @@ def _check_files(folder: Path, names: list[str], reference: dict[str, Any]) -> C
     ]
     others = set(names) - {*expected, *REFERENCE_FILES, CARD}
     added = sorted(
-        name for name in others if any(fnmatch(name.rpartition("/")[2], pattern) for pattern in READ_UNASKED)
+        name for name in others if any(fnmatch(name.rpartition("/")[2], pattern) for pattern in LOADED_FILES)
     )
     wrong += [f"{name} was added" for name in added]
     if not reference:

@@ -97,7 +97,7 @@ def _check_type(column: str, dtype: str, kind: str) -> None:
     raise ValueError(
         f"Column {column!r} of the {kind} set holds {dtype}, but GemLoss trains on columns of text. Drop it "
         f"with dataset.remove_columns({column!r}); filter pairs by a label or score first, if you have one, or give "
-        "GemLoss a loss that takes it as `inner`."
+        "GemLoss a loss that takes it as `loss`."
     )
 
 

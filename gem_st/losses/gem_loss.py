@@ -65,7 +65,7 @@ class GemLoss(nn.Module):
         tasks: Ways to make prefix and suffix, drawn evenly: ``"reconstruction"`` (the text twice), ``"continuation"``
             (cut at a random place; the row is then embedded by its first part), and, of two columns, ``"summary"``
             (context and summary) or ``"soft_prompt"`` (prompt and answer). By default the last two where the columns
-            of the trainer's data bear these names and there is no ``inner``, otherwise the first two; reconstruction
+            of the trainer's data bear these names and there is no ``loss``, otherwise the first two; reconstruction
             alone beside labels.
         token_dropout: Share of tokens deleted for the second view of a text, in [0, 1). Defaults to 0.7, and beside a
             frozen base to 0.85.
@@ -74,12 +74,13 @@ class GemLoss(nn.Module):
             its end; beside a frozen base to 1, or 0.7 where ``plain_ratio`` is below 1.
         scale: Initial factor on cosine similarities (1 / temperature), in [1, 100]. It is learned with the model;
             by default it starts at what the model holds, which is 20 for a new one.
-        inner: A loss of Sentence Transformers, made with the same model, instead of InfoNCE as the contrastive part.
+        loss: A loss of Sentence Transformers, made with the same model, instead of InfoNCE as the contrastive part.
             It is given embeddings, not the model, so that a batch still takes one forward pass; the loss is then
             GemLoss's own. Labels and scores of the data set go to it.
+        inner: Another name of ``loss``.
         mini_batch_size: Rows whose activations are held at a time (GradCache, https://arxiv.org/abs/2101.06983): large
             batches in the memory of small ones, for one more forward pass. Gradients are the same. Defaults to that
-            of a caching ``inner``.
+            of a caching ``loss``.
         gather_across_devices: Take the texts of all processes as in-batch negatives.
 
     References:
@@ -90,7 +91,7 @@ class GemLoss(nn.Module):
         1. One column of texts (self-supervised: the second view is the text with tokens deleted), or
         2. (anchor, positive) pairs, (anchor, positive, negative) triplets or n-tuples (supervised), or
         3. (context, summary) or (prompt, answer) pairs (self-supervised on both, with the task of that name), or
-        4. what ``inner`` takes.
+        4. what ``loss`` takes.
 
     Inputs:
         +-------------------------------------------------+--------+
@@ -106,7 +107,7 @@ class GemLoss(nn.Module):
         +-------------------------------------------------+--------+
         | (context, summary) or (prompt, answer) pairs    | none   |
         +-------------------------------------------------+--------+
-        | what ``inner`` takes                            | its    |
+        | what ``loss`` takes                            | its    |
         +-------------------------------------------------+--------+
 
     Recommendations:
@@ -115,7 +116,7 @@ class GemLoss(nn.Module):
         - Use ``BatchSamplers.NO_DUPLICATES`` with pairs, so that no in-batch negative equals a positive.
 
     Raises:
-        ValueError: If an option is out of range, the first module is not a GemTransformer, or ``inner`` needs more than
+        ValueError: If an option is out of range, the first module is not a GemTransformer, or ``loss`` needs more than
             embeddings or is of another model.
 
     Example:
@@ -140,11 +141,15 @@ class GemLoss(nn.Module):
         token_dropout: float | None = None,
         alpha: float | Callable[[int, int], float] | None = None,
         scale: float | None = None,
+        loss: nn.Module | None = None,
         inner: nn.Module | None = None,
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
+        if loss is not None and inner is not None:
+            raise ValueError("`inner` is another name of `loss`: give one of them.")
+        loss = inner if loss is None else loss
         gem = require_gem(model, "GemLoss")
         gem.train_in_float32()
         if tasks is not None:
@@ -159,17 +164,18 @@ class GemLoss(nn.Module):
             nn.init.constant_(gem.logit_scale, math.log(scale))
         if alpha is not None and not callable(alpha):
             _check_range("alpha", alpha, 0.0, 1.0)
-        if inner is not None and (scale is not None or gather_across_devices):
-            raise ValueError("scale and gather_across_devices belong to GemLoss's own InfoNCE; set those of `inner`.")
-        if inner is not None:
-            give_embeddings_to(inner, model)
-            mini_batch_size = mini_batch_size_of(inner) if mini_batch_size is None else mini_batch_size
+        if loss is not None and (scale is not None or gather_across_devices):
+            raise ValueError("scale and gather_across_devices belong to GemLoss's own InfoNCE; set those of `loss`.")
+        if loss is not None:
+            give_embeddings_to(loss, model)
+            mini_batch_size = mini_batch_size_of(loss) if mini_batch_size is None else mini_batch_size
             if takes_pairs(tasks or ()):
-                raise ValueError(f"tasks={tasks} take both columns as one text, of which `inner` would see one only.")
+                raise ValueError(f"tasks={tasks} take both columns as one text, of which `loss` would see one only.")
         if mini_batch_size is not None and not (isinstance(mini_batch_size, int) and mini_batch_size > 0):
             raise ValueError(f"mini_batch_size must be a whole number of 1 or more, got {mini_batch_size!r}.")
         self.model = model
-        self.inner = inner
+        if loss is not None:  # where Sentence Transformers' card looks for it
+            self.loss = loss
         self.token_dropout = token_dropout
         self.mini_batch_size = mini_batch_size
         self.gather_across_devices = gather_across_devices
@@ -185,6 +191,11 @@ class GemLoss(nn.Module):
         gem.embedder.prepare_for_training()
         self.num_special = gem.base.text.num_special_tokens
         use_gem_card(model)
+
+    @property
+    def inner(self) -> nn.Module | None:
+        """The loss that is the contrastive part instead of InfoNCE, if there is one."""
+        return getattr(self, "loss", None)
 
     def _plan(self, column_names: Sequence[str] = (), has_labels: bool = False) -> RowPlan:
         """How rows are made of a batch with these columns; an inner loss knows itself what its columns are."""
@@ -255,7 +266,7 @@ class GemLoss(nn.Module):
 
         Args:
             sentence_features: For each column, ``input_ids`` and ``attention_mask``. Shape: ``(B, T)`` each
-            labels: What ``inner`` takes, otherwise None: GemLoss knows positives by their column.
+            labels: What ``loss`` takes, otherwise None: GemLoss knows positives by their column.
 
         Returns:
             ``(1 - alpha) * ntp + alpha * contrastive``. Shape: ``()``
@@ -268,7 +279,7 @@ class GemLoss(nn.Module):
             raise ValueError(
                 "GemLoss takes texts only, but the dataset has a label or score column. Remove it with "
                 "dataset.remove_columns(...), filter the pairs by it first, or give GemLoss a loss that takes it as "
-                "`inner`."
+                "`loss`."
             )
         (gem,) = self._gem
         sentence_features, trainer = list(sentence_features), self._link.trainer

@@ -22,19 +22,26 @@ OTHER_COLUMNS = (*LABEL_COLUMNS, "dataset_name")
 
 
 class TrainerLink:
-    """What a loss knows of the trainer that was built last with it. Copies of the loss know none."""
+    """What a loss knows of the trainers that were built with it. Copies of the loss know none."""
 
     def __init__(self) -> None:
-        self._reference: weakref.ref[BaseTrainer] | None = None
-        self._names: dict[tuple[bool, int], tuple[str, ...]] = {}
+        self._references: list[weakref.ref[BaseTrainer]] = []
+        self._names: weakref.WeakKeyDictionary[BaseTrainer, dict[tuple[bool, int], tuple[str, ...]]]
+        self._names = weakref.WeakKeyDictionary()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_reference": None, "_names": {}}
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+    @property
+    def trainers(self) -> list[BaseTrainer]:
+        """Those that there still are, the newest last."""
+        return [trainer for reference in self._references if (trainer := reference()) is not None]
 
     @property
     def trainer(self) -> BaseTrainer | None:
-        """The trainer, while there is one."""
-        return None if self._reference is None else self._reference()
+        """The one that is training, otherwise the newest; None if there is none."""
+        trainers = self.trainers
+        return next((trainer for trainer in trainers if trainer.is_in_train), trainers[-1] if trainers else None)
 
     def look(self) -> BaseTrainer | None:
         """The trainer that is being built, if there is one and it is not known yet."""
@@ -45,9 +52,9 @@ class TrainerLink:
 
     def set(self, trainer: BaseTrainer) -> BaseTrainer | None:
         """Remember a trainer; gives it if it is a new one."""
-        if trainer is self.trainer:
+        if any(trainer is known for known in self.trainers):
             return None
-        self._reference, self._names = weakref.ref(trainer), {}
+        self._references.append(weakref.ref(trainer))
         return trainer
 
     def column_names(self, loss: nn.Module, num_columns: int) -> tuple[str, ...]:
@@ -63,10 +70,10 @@ class TrainerLink:
         trainer = self.trainer
         if trainer is None:
             return ()
-        key = trainer.model.training, num_columns
-        if key not in self._names:
-            self._names[key] = self._find_names(trainer, loss, *key)
-        return self._names[key]
+        names, key = self._names.setdefault(trainer, {}), (trainer.model.training, num_columns)
+        if key not in names:
+            names[key] = self._find_names(trainer, loss, *key)
+        return names[key]
 
     def _find_names(self, trainer: Any, loss: nn.Module, is_training: bool, num_columns: int) -> tuple[str, ...]:
         datasets = [trainer.train_dataset, trainer.eval_dataset]

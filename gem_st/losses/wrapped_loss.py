@@ -39,7 +39,7 @@ class Embedded(nn.Module):
         """The features as they are; they hold ``sentence_embedding``."""
         if "sentence_embedding" not in features:
             raise ValueError(
-                "This loss was given to GemLoss as `inner`, which hands it embeddings. To use it elsewhere as well, "
+                "This loss was given to GemLoss as `loss`, which hands it embeddings. To use it elsewhere as well, "
                 "make another one."
             )
         return dict(features)
@@ -86,7 +86,7 @@ def give_embeddings_to(inner: nn.Module, model: SentenceTransformer) -> None:
     for module in inner.modules():
         if isinstance(module, NEED_MORE_THAN_EMBEDDINGS):
             raise ValueError(
-                f"{type(module).__name__} needs layers, copies or tokens of the model, and can be no `inner` of "
+                f"{type(module).__name__} needs layers, copies or tokens of the model, and can be no `loss` of "
                 "GemLoss. Train with it alone, or beside GemLoss in a dict of data sets and losses."
             )
     places = [

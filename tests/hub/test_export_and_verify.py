@@ -54,7 +54,7 @@ def _verify_starts_sooner(python) -> Iterator[None]:
         return python.run(script, *command[3:], env=env, cwd=Path(cwd))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub, "subprocess", SimpleNamespace(run=run))
+        patch.setattr("gem_st.hub.verifying.subprocess", SimpleNamespace(run=run))
         yield
 
 

@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import AutoModelForCausalLM
 
 from gem_st import GemLoss, hub
+from gem_st.hub.layout import REFERENCE_TEXTS
 
 from ..conftest import CORPUS, quiet_arguments
 
@@ -221,5 +222,5 @@ def test_an_export_is_compared_in_the_data_type_that_it_is_written_in(make_model
     assert json.loads((tmp_path / "export" / "gem_reference.json").read_text())["dtype"] == "bfloat16"
     assert {w.dtype for w in load_file(tmp_path / "export" / "model.safetensors").values()} == {torch.bfloat16}
     expected = load_file(tmp_path / "export" / "gem_reference.safetensors")["embeddings"]
-    vectors = load(tmp_path / "export").encode(hub.REFERENCE_TEXTS, convert_to_tensor=True).float()
+    vectors = load(tmp_path / "export").encode(REFERENCE_TEXTS, convert_to_tensor=True).float()
     torch.testing.assert_close(vectors, expected, atol=0.02, rtol=0.02)
