@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 
-_WING = [f"modeling.gem_{name}" for name in ("mask", "cache", "text", "base", "tokens", "files", "transformer")]
+_ROOMS = "mask cache text base tokens files adapter dtypes probes passes embedder generator sharding transformer"
+_WING = [f"modeling.gem_{room}" for room in _ROOMS.split()]
 MOVED: dict[str, Sequence[str]] = {
     "baselines": ["evaluation.baselines"],
     "data": ["training.data"],
@@ -42,6 +43,11 @@ class MovedModules(MetaPathFinder, Loader):
         """Spec of an old module; None for others."""
         package, _, module = name.rpartition(".")
         return ModuleSpec(name, self) if package == "gem_st" and module in MOVED else None
+
+    def get_code(self, name: str) -> CodeType:
+        """What ``python -m`` runs of an old module."""
+        place = MOVED[name.rpartition(".")[2]][0]
+        return compile(f"import runpy; runpy.run_module('gem_st.{place}', run_name='__main__')", name, "exec")
 
     def exec_module(self, module: ModuleType) -> None:
         """Copy the names."""

@@ -33,4 +33,9 @@ def require_gem(model: Any, needed_by: str = "This") -> Any:
             f"{needed_by} needs a SentenceTransformer whose first module is a GemTransformer, got "
             f"{type(first).__name__}. Build it as SentenceTransformer(modules=[GemTransformer('your/base-model')])."
         )
+    if not hasattr(gem, "mode"):
+        raise ValueError(
+            f"{needed_by} needs a module of today's code, and this one is of the code of version 0.1, which its "
+            "checkpoint carries. Load it with gem_st.hub.load(...), which reads it by the installed gem_st."
+        )
     return gem

@@ -41,7 +41,7 @@ LOADED_FILES = (
 
 OWN_FILES = re.compile(
     r"(generation_|gem_|tokenizer_)?config\.json|config_sentence_transformers\.json|modules\.json|tokenizer\.json"
-    r"|gem_\w+\.py|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja|gem_adapter/[\w.]+"
+    r"|gem_st\.py|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja|gem_adapter/[\w.]+"
 )
 """Files of a checkpoint that was pushed without a list of them."""
 

@@ -47,8 +47,10 @@ def known_code() -> dict[str, str]:
 def hash_code_of(fetch: Callable[[str], Path | None]) -> str | None:
     """SHA-256 of the code that a checkpoint says it runs; None if some of it is missing."""
     config = fetch("gem_config.json")
-    names = (read_json(config).get("remote_code") if config else None) or [CODE_FILE]
-    paths = {name: fetch(name) if CODE_NAME.fullmatch(name) else None for name in names}
+    named = (read_json(config).get("remote_code") if config else None) or {CODE_FILE: ""}
+    if not isinstance(named, dict) or CODE_FILE not in named:
+        return None
+    paths = {name: fetch(name) if CODE_NAME.fullmatch(name) else None for name in named}
     if any(path is None for path in paths.values()):
         return None
     return hash_files({name: hash_file(path) for name, path in paths.items() if path})
@@ -164,13 +166,15 @@ def load(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> SentenceTransformer:
-    """Load a checkpoint, running its code only if it is the installed gem_st's, or trusted.
+    """Load a checkpoint, running its own code only if that is trusted.
+
+    Without trust, a checkpoint whose code is that of this or a released gem_st is read by the installed classes.
 
     Args:
         path_or_repo: Folder or Hub id.
         revision: Branch, tag or commit of a repository.
         token: Hub token.
-        trust_remote_code: Run code that is not the installed gem_st's, too.
+        trust_remote_code: Run the code that the checkpoint carries.
         **kwargs: Passed to SentenceTransformer, e.g. ``device``.
 
     Raises:
@@ -186,6 +190,8 @@ def load(
         foreign = find_foreign_code(partial(fetch, path_or_repo, revision=revision, token=token))
     if foreign and not trust_remote_code:
         raise ValueError(f"{path_or_repo} would run code that is not gem_st's: {foreign}. {ADVICE}.")
-    for name, values in untrusted(trust_remote_code).items():
-        kwargs[name] = {**kwargs.get(name, {}), **values}
-    return SentenceTransformer(str(path_or_repo), trust_remote_code=True, revision=revision, token=token, **kwargs)
+    hub_kwargs = {"revision": revision, "token": token, **kwargs}
+    if trust_remote_code:
+        return SentenceTransformer(str(path_or_repo), trust_remote_code=True, **hub_kwargs)
+    ours = {"gem_st.GemTransformer": gem_transformer.GemTransformer}
+    return SentenceTransformer._load_with_module_classes(str(path_or_repo), ours, **hub_kwargs)

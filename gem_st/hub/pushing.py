@@ -169,7 +169,9 @@ def _list_operations(
     if reference is not None:
         stale = present & {*read_json(reference)["files"], *REFERENCE_FILES}
     else:
-        stale = {name for name in present if "gem_config.json" in present and OWN_FILES.fullmatch(name)}
+        settings = old("gem_config.json") if "gem_config.json" in present else None
+        code = (read_json(settings).get("remote_code") or {}) if settings else {}
+        stale = {name for name in present if settings and (OWN_FILES.fullmatch(name) or name in code)}
     added = [_add(folder, name, repo_id) for name in sorted(names)]
     return added + [CommitOperationDelete(name) for name in sorted(stale - names)]
 

@@ -161,9 +161,9 @@ def _check_code(folder: Path, names: list[str], reference: dict[str, Any], trust
     code = [name for name in names if name.endswith(".py")]
     if reference.get("format") == "stock" and not code:
         return Check("remote code", True, "none, none needed")
-    settings = read_json(folder / "gem_config.json")
+    settings = read_json(folder / "gem_config.json") if "gem_config.json" in names else {}
     named = settings.get("remote_code") or {CODE_FILE: settings.get("remote_code_sha256")}
-    if code != sorted(named):
+    if not isinstance(named, dict) or code != sorted(named):
         return Check("remote code", False, f"{sorted(named)} and nothing else was expected, found {code}")
     hashes = {name: hash_file(folder / name) for name in code}
     for name, digest in hashes.items():

@@ -10,5 +10,10 @@ if TYPE_CHECKING:
 
 __all__ = ["GemLoss", "find_same_texts", "info_nce", "text_keys"]
 __getattr__ = lazy(
-    __name__, {"losses.gem_loss": ["GemLoss"], "losses.contrastive": ["find_same_texts", "info_nce", "text_keys"]}
+    __name__,
+    {
+        "losses.gem_loss": ["GemLoss", "MAX_LOGIT_SCALE"],
+        "losses.contrastive": ["find_same_texts", "info_nce", "text_keys"],
+        "losses.plan": ["RowPlan", "default_token_dropout", "plan_rows"],
+    },
 )

@@ -282,8 +282,13 @@ class GemLoss(nn.Module):
                 "`loss`."
             )
         (gem,) = self._gem
+        if self._link.trainer is None:
+            self._link.look()
         sentence_features, trainer = list(sentence_features), self._link.trainer
-        plan = self._plan(self._link.column_names(self, len(sentence_features)), labels is not None)
+        names = (
+            self._link.column_names(self, len(sentence_features)) if self.tasks is None and self.inner is None else ()
+        )
+        plan = self._plan(names, labels is not None)
         self._last_plan = plan
         alpha = self._alpha_at(plan.alpha, trainer.state if trainer else None)
         with torch.no_grad():

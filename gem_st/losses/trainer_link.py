@@ -16,6 +16,7 @@ from sentence_transformers.base.trainer import BaseTrainer
 from torch import nn
 
 from .dataset_checks import LABEL_COLUMNS, sample_rows
+from .rows import PAIR_TASKS
 
 OTHER_COLUMNS = (*LABEL_COLUMNS, "dataset_name")
 """Columns of a data set that are no texts."""
@@ -26,7 +27,7 @@ class TrainerLink:
 
     def __init__(self) -> None:
         self._references: list[weakref.ref[BaseTrainer]] = []
-        self._names: weakref.WeakKeyDictionary[BaseTrainer, dict[tuple[bool, int], tuple[str, ...]]]
+        self._names: weakref.WeakKeyDictionary[BaseTrainer, dict[tuple[Any, ...], tuple[str, ...]]]
         self._names = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -65,27 +66,29 @@ class TrainerLink:
             num_columns: Columns in the batch.
 
         Raises:
-            ValueError: If data sets of as many columns name them differently, and the loss cannot tell which is read.
+            ValueError: If data sets of as many columns name them for different tasks, and none can tell which is read.
         """
         trainer = self.trainer
         if trainer is None:
             return ()
-        names, key = self._names.setdefault(trainer, {}), (trainer.model.training, num_columns)
+        is_training = trainer.model.training
+        key = (is_training, num_columns, id(trainer.train_dataset), id(trainer.eval_dataset))
+        names = self._names.setdefault(trainer, {})
         if key not in names:
-            names[key] = self._find_names(trainer, loss, *key)
+            names[key] = self._find_names(trainer, loss, is_training, num_columns)
         return names[key]
 
     def _find_names(self, trainer: Any, loss: nn.Module, is_training: bool, num_columns: int) -> tuple[str, ...]:
         datasets = [trainer.train_dataset, trainer.eval_dataset]
         for dataset in datasets if is_training else reversed(datasets):
-            found = {names for names in _names_of(dataset, trainer.loss, loss) if len(names) == num_columns}
-            if len(found) > 1:
+            found = [names for names in _names_of(dataset, trainer.loss, loss) if len(names) == num_columns]
+            if len({names if names in PAIR_TASKS.values() else () for names in found}) > 1:
                 raise ValueError(
-                    f"One GemLoss is to train on data sets of different columns, {sorted(found)}, by which it would "
-                    "choose its tasks. Name the columns alike, pass tasks=[...], or give the trainer a dict of losses."
+                    f"One GemLoss is to train on data sets of different columns, {found}, by which it would choose its "
+                    "tasks. Name the columns alike, pass tasks=[...], or give the trainer a dict of losses."
                 )
             if found:
-                return found.pop()
+                return found[0]
         return ()
 
 

@@ -120,7 +120,8 @@ class GemBase:
 
     def check_cache(self, cache: GemCache) -> None:
         """Raise if a cache was not made by this model with these weights, or is elsewhere."""
-        if getattr(cache, "kind", None) != GemCache.kind:  # the class may come from another checkpoint's copy
+        # Its class may come from another checkpoint's copy, also one of version 0.1.
+        if getattr(cache, "kind", type(cache).__name__) != GemCache.kind:
             raise ValueError(
                 f"A GemCache is needed, got {type(cache).__name__}. `prefill` makes one, and so does `generate` with "
                 "return_cache=True; a cache of transformers may have dropped what lies outside a sliding window."
@@ -175,17 +176,18 @@ class GemBase:
 
     def num_writes(self) -> int:
         """A number that grows whenever the weights are changed in place."""
-        return sum(weight._version for weight in self.model.parameters())
+        return sum(0 if weight.is_inference() else weight._version for weight in self.model.parameters())
 
     def weights_id(self) -> int:
         """A number that tells these weights from others, of a sample of their values.
 
-        It is taken once while nothing was written to them and none of them takes gradients: what an optimizer writes is
-        not always counted.
+        On an accelerator, which has to be waited for, it is taken once while nothing is written to them and none takes
+        gradients. What is written by way of ``weight.data`` is not counted there.
         """
         weights = list(self.model.parameters())
         trained = [weight for weight in weights if weight.requires_grad]
-        state = None if trained else (self.num_writes(), self.model.dtype, *(weight.data_ptr() for weight in weights))
+        is_cached = not trained and self.model.device.type != "cpu"
+        state = (self.num_writes(), self.model.dtype, *map(Tensor.data_ptr, weights)) if is_cached else None
         if state is not None and self._weights_id is not None and self._weights_id[0] == state:
             return self._weights_id[1]
         chosen = [*weights[:: max(1, len(weights) // 16)], *trained[:: max(1, len(trained) // 16)]]

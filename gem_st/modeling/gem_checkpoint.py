@@ -119,20 +119,19 @@ def code_files(entry: str) -> dict[str, Path]:
     return {CODE_FILE: Path(entry), **{path.name: path for path in others}}
 
 
-@lru_cache
 def hash_code(entry: str) -> dict[str, str]:
     """SHA-256 of each file of :func:`code_files`."""
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in code_files(entry).items()}
 
 
 def hash_files(hashes: dict[str, str]) -> str:
-    """One SHA-256 of several files: that of the file where there is one, otherwise of the hashes of all.
+    """One SHA-256 of all files of code: that of the entry where it is the only one, otherwise of names and hashes.
 
     Args:
         hashes: SHA-256 of each, by name.
     """
-    if len(hashes) == 1:
-        return next(iter(hashes.values()))
+    if hashes.keys() == {CODE_FILE}:
+        return hashes[CODE_FILE]
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 

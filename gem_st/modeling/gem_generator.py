@@ -169,7 +169,7 @@ class Generator:
 
     def reconstruct(self, memory: GemMemory, **generate_kwargs: Any) -> list[str]:
         """Write the texts that a memory was made of, see :meth:`GemTransformer.reconstruct`."""
-        if getattr(memory, "kind", None) != GemMemory.kind:
+        if getattr(memory, "kind", type(memory).__name__) != GemMemory.kind:
             raise ValueError(f"A GemMemory is needed, got {type(memory).__name__}. `compress` makes one.")
         self.base.check_weights(memory)
         num_new = (memory.lengths - self.base.text.num_special_tokens).clamp(min=0).tolist()

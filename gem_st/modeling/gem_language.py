@@ -91,7 +91,7 @@ class LanguageMethods(GemParts):
         Returns:
             A memory of B rows, whose size does not depend on the texts' length.
         """
-        cache: Any = texts if hasattr(texts, "kind") else self.prefill(texts)
+        cache: Any = texts if hasattr(texts, "weights_tag") else self.prefill(texts)
         with Evaluating(self):
             return self.embedder.compress(cache)
 

@@ -53,6 +53,13 @@ class GemParts(nn.Module):
     base_model_revision: str | None
     _weight_types: WeightTypes
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Have the parts run the model that is set, e.g. one that torch.compile made of it."""
+        super().__setattr__(name, value)
+        if name in ("model", "adapter_model") and "embedder" in vars(self):
+            self.base.model = self._weight_types.model = self.model
+            self.embedder.append.model = self.gem_model
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer, unchanged."""

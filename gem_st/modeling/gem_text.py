@@ -50,24 +50,25 @@ class TextCodec:
         texts = [self._defuse(prompt + text) for text in texts]
         options = {"add_special_tokens": add_special_tokens, "padding": False, "return_attention_mask": False}
         rows = self.tokenizer(texts, verbose=False, **options)["input_ids"]
-        return rows if max_tokens is None else [self._truncate(row, max_tokens, add_special_tokens) for row in rows]
+        if max_tokens is None or all(len(row) <= max_tokens for row in rows):
+            return rows
+        around = self._count_around() if add_special_tokens else (0, 0)
+        return [self._truncate(row, max_tokens, *around) for row in rows]
 
-    def _truncate(self, row: list[int], max_tokens: int, has_special_tokens: bool) -> list[int]:
+    def _truncate(self, row: list[int], max_tokens: int, num_before: int, num_after: int) -> list[int]:
         """Cut the text and keep what the tokenizer puts around it; its own truncation would change its state."""
         if len(row) <= max_tokens:
             return row
-        num_before, num_after = self._num_around if has_special_tokens else (0, 0)
-        start, end = row[:num_before], row[len(row) - num_after :]
-        body, room = row[num_before : len(row) - num_after], max(0, max_tokens - num_before - num_after)
+        end = len(row) - num_after
+        body, room = row[num_before:end], max(0, max_tokens - num_before - num_after)
         is_left = self.tokenizer.truncation_side == "left"
-        return [*start, *(body[len(body) - room :] if is_left else body[:room]), *end]
+        return [*row[:num_before], *(body[len(body) - room :] if is_left else body[:room]), *row[end:]]
 
-    @property
-    def _num_around(self) -> tuple[int, int]:
-        """Special tokens before and behind a text."""
-        ids, special = self.tokenizer("a")["input_ids"], {*self.tokenizer.all_special_ids}
-        is_text = [token_id not in special for token_id in ids]
-        return (is_text.index(True), is_text[::-1].index(True)) if any(is_text) else (0, 0)
+    def _count_around(self) -> tuple[int, int]:
+        """Tokens that the tokenizer puts before and behind a text."""
+        whole, bare = (self.tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+        starts = [index for index in range(len(whole)) if whole[index : index + len(bare)] == bare]
+        return (starts[0], len(whole) - starts[0] - len(bare)) if starts and bare else (0, 0)
 
     def _defuse(self, text: str) -> str:
         """Break up hidden names in a text, with a zero-width space, so that they are not matched."""

@@ -299,6 +299,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         with Gathered(self) as is_first:
             if is_first and is_writer():
                 write_checkpoint(self, Path(output_path), __file__, **kwargs)
+            elif is_first:
+                logger.warning_once("Of several processes the first one writes the checkpoint; this one does not.")
 
     @classmethod
     def _load_gem_config(cls, model_name_or_path: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:

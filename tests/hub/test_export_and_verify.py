@@ -187,6 +187,27 @@ def test_code_of_a_released_version_runs_without_being_trusted(copy, monkeypatch
     assert code.finding.startswith("that of gem_st 0.0.9, SHA-256 ")
 
 
+def test_known_code_beside_other_code_does_not_pass_for_it(copy, tmp_path):
+    """A copy of code that is known, under another name than the entry's, which is what runs."""
+    decoy = copy / "gem_decoy.py"
+    decoy.write_text("KNOWN = True\n")
+    (copy / "gem_st.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for named in ({"gem_decoy.py": hash_file(decoy)}, ["gem_decoy.py"], {"gem_st.py": 0, "../gem_decoy.py": 1}):
+        change(copy / "gem_config.json", remote_code=named, remote_code_sha256=hash_file(decoy))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(RELEASED_CODE, hash_file(decoy), "0.0.9")
+            with pytest.raises(ValueError, match="would run code that is not gem_st's"):
+                hub.load(copy)
+            assert not hub.verify(copy).passed
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_what_needs_none_is_reported(make_base, tmp_path):
+    hub.export(build(make_base()), tmp_path / "stock", format="stock")
+    (tmp_path / "stock" / "more.py").write_text("")
+    assert "nothing else was expected, found ['more.py']" in findings(tmp_path / "stock")["remote code"]
+
+
 def test_a_file_of_code_that_is_not_named_is_caught(copy):
     (copy / "gem_more.py").write_text("")
     assert "and nothing else was expected" in findings(copy)["remote code"]

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer
 from torch.nn import functional as F
 
 from gem_st import AlphaSchedule, GemLoss, GemTransformer, TwoPhaseLearningRate
@@ -22,7 +24,7 @@ from gem_st.losses.rows import (
     split_rows,
 )
 
-from ..conftest import CORPUS
+from ..conftest import CORPUS, quiet_arguments
 
 
 @pytest.fixture
@@ -449,3 +451,34 @@ def test_messages_become_prompt_and_answer(make_model):
     tokenizer.chat_template = CHAT.replace("<bos>assistant", "assistant")
     with pytest.raises(ValueError, match="does not write the conversation with the answer"):
         split_messages({"messages": messages}, tokenizer)
+
+
+# ---- the trainer
+
+
+def test_data_sets_whose_names_mean_other_tasks_are_refused_where_these_are_not_chosen(make_model, tmp_path):
+    names = [("anchor", "positive"), ("question", "duplicate"), ("context", "summary")]
+    sets = [Dataset.from_dict(dict.fromkeys(pair, CORPUS[:4])) for pair in names]
+
+    def link(datasets: list[Dataset], **options: object) -> GemLoss:
+        model = make_model()
+        loss = GemLoss(model, alpha=0.5, **options)
+        trainers.append(
+            SentenceTransformerTrainer(
+                model=model,
+                args=quiet_arguments(tmp_path / "run", per_device_train_batch_size=2),
+                train_dataset=dict(zip("abc", datasets, strict=False)),
+                loss=loss,
+            )
+        )
+        assert loss._link.trainer is trainers[-1]
+        return loss
+
+    trainers: list[SentenceTransformerTrainer] = []
+    loss = link(sets[:2])
+    assert loss._link.column_names(loss, 2) == names[0]  # neither names a task
+    loss = link(sets)
+    with pytest.raises(ValueError, match=r"different columns.*'context', 'summary'.*pass tasks="):
+        loss([loss.model.preprocess(CORPUS[:2])] * 2)
+    loss = link(sets, tasks=["reconstruction"])
+    assert loss([loss.model.preprocess(CORPUS[:2])] * 2).isfinite()

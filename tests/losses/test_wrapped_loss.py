@@ -337,7 +337,7 @@ def test_inner_losses_that_cannot_be_are_refused(make_model):
         with pytest.raises(ValueError, match=message):
             GemLoss(model, inner=inner)
     for option in ({"scale": 30.0}, {"gather_across_devices": True}):
-        with pytest.raises(ValueError, match="set those of `inner`"):
+        with pytest.raises(ValueError, match="set those of `loss`"):
             GemLoss(model, inner=mnrl(model), **option)
 
 
@@ -347,7 +347,7 @@ def test_an_inner_loss_used_elsewhere_and_tasks_of_two_columns_are_refused(make_
     GemLoss(model, inner=inner)
     with pytest.raises(ValueError, match="To use it elsewhere as well, make another one"):
         inner([model.preprocess(column) for column in PAIR], None)
-    with pytest.raises(ValueError, match="of which `inner` would see one only"):
+    with pytest.raises(ValueError, match="of which `loss` would see one only"):
         GemLoss(model, inner=inner, tasks=["summary"])
     with pytest.raises(ValueError, match=r"must be a whole number of 1 or more, got 2\.5"):
         GemLoss(model, mini_batch_size=2.5)

@@ -39,9 +39,12 @@ def load_here(folder: Path, mode: str) -> SentenceTransformer:
 def test_a_checkpoint_gives_its_vectors_by_its_own_code_and_by_ours(written, mode):
     checkpoint = written / mode / "checkpoint-2"
     expected = load_file(written / mode / "vectors_at_2.safetensors")["embeddings"]
-    own, ours = hub.load(checkpoint, device="cpu"), load_here(checkpoint, mode)  # without asking for trust
-    assert type(own[0]) is not type(ours[0])
-    for model in (own, ours):
+    own = SentenceTransformer(str(checkpoint), trust_remote_code=True, device="cpu")
+    loaded, ours = hub.load(checkpoint, device="cpu"), load_here(checkpoint, mode)  # without asking for trust
+    assert type(own[0]) is not type(ours[0]) is type(loaded[0])
+    with pytest.raises(ValueError, match=r"is of the code of version 0.1.*gem_st.hub.load"):
+        GemLoss(own)
+    for model in (own, loaded, ours):
         torch.testing.assert_close(model.encode(CORPUS[:3], convert_to_tensor=True), expected, atol=1e-5, rtol=1e-5)
     assert [name for name, _ in own.named_parameters()] == [name for name, _ in ours.named_parameters()]
 

@@ -1,0 +1,5 @@
+"""`python -m gem_st.cli`."""
+
+from .app import app
+
+app()
