@@ -42,7 +42,7 @@ class MovedModules(MetaPathFinder, Loader):
     def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Spec of an old module; None for others."""
         package, _, module = name.rpartition(".")
-        return ModuleSpec(name, self) if package == "gem_st" and module in MOVED else None
+        return ModuleSpec(name, self, origin=__file__) if package == "gem_st" and module in MOVED else None
 
     def get_code(self, name: str) -> CodeType:
         """What ``python -m`` runs of an old module."""

@@ -65,8 +65,8 @@ class LanguageMethods(GemParts):
             return self.reader.append(cache, self.base.text.encode(texts, add_special_tokens=False))
 
     @torch.no_grad()
-    def summarize(self, cache: GemCache) -> Tensor:
-        """Embed what a cache has read, at the price of K tokens.
+    def embed(self, cache: GemCache) -> Tensor:
+        """Embed what a cache has read, at the price of K tokens; `summarize` is another name of it.
 
         Args:
             cache: From :meth:`prefill`, :meth:`extend` or :meth:`generate`; it stays as it is.
@@ -80,6 +80,8 @@ class LanguageMethods(GemParts):
         """
         with Evaluating(self):
             return self.embedder.embed_cache(cache)
+
+    summarize = embed
 
     @torch.no_grad()
     def compress(self, texts: Prompts | GemCache) -> GemMemory:

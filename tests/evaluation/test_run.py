@@ -135,7 +135,7 @@ def test_a_full_model_is_compared_with_its_base(
     assert entry["main_score"] != entry["baseline"]
     assert saved["retention"]["kl"] > 0
     assert results.retention["sentence"].startswith("The generator changed")
-    assert same_weights(*[SentenceTransformer(str(make_base()))[0].model] * 2)
+    assert same_weights(*[AutoModelForCausalLM.from_pretrained(make_base()) for _ in range(2)])
 
 
 def test_a_killed_run_goes_on(

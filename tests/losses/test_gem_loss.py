@@ -381,9 +381,17 @@ def test_the_loss_can_be_copied_and_pickled(model):
     import copy
     import pickle
 
-    loss = GemLoss(model, alpha=0.5)
+    loss = GemLoss(model, alpha=0.5, plain_ratio=1.0, token_dropout=0.0)
     for again in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert again.get_config_dict() == loss.get_config_dict()
+        values = [each([each.model.preprocess(CORPUS)]) for each in (loss, again)]
+        assert values[0].item() == values[1].item()
+        values[1].backward()  # trains its own model, and not the first one
+        assert all(weight.grad is None for weight in model.parameters())
+        values[0].backward()
+        gradients = [each.model[0].model.get_input_embeddings().weight.grad for each in (loss, again)]
+        assert torch.equal(*gradients)
+        model.zero_grad()
 
 
 def test_a_schedule_without_a_trainer_is_refused(model):

@@ -133,10 +133,16 @@ def test_evaluation_loss_is_deterministic_and_at_the_last_alpha(make_model, tmp_
 
 
 def test_a_loss_given_as_a_function_and_gradient_checkpointing(make_model, tmp_path):
-    model = make_model(num_gem_tokens=2)
-    trainer = make_trainer(model, tmp_path, loss=GemLoss, **CHECKPOINTING)
-    trainer.train()
-    assert len(logged(trainer, "alpha")) == 6
+    losses = []
+    for name, options in (("with", CHECKPOINTING), ("without", {})):
+        model = make_model(num_gem_tokens=2)
+        torch.manual_seed(0)
+        trainer = make_trainer(model, tmp_path / name, loss=GemLoss, **options)
+        trainer.train()
+        assert any(getattr(part, "gradient_checkpointing", False) for part in model.modules()) == bool(options)
+        assert len(logged(trainer, "alpha")) == 6
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_one_loss_in_two_trainers_follows_the_one_that_runs(make_model, tmp_path):
@@ -241,15 +247,23 @@ def test_columns_named_for_a_task_train_it(make_model, tmp_path, freeze_base):
     """The suffix is a next-token target, and the contrastive part has two views of the prefix."""
     model = make_model(num_gem_tokens=2, freeze_base=freeze_base)
     data = Dataset.from_dict({"prompt": CORPUS[:4] * 2, "answer": CORPUS[4:] * 2})
-    seen = []
     trainer = make_trainer(model, tmp_path, data, loss=GemLoss(model, alpha=0.5))
-    trainer.loss.register_forward_hook(lambda *args: seen.append(trainer.loss._plan(["prompt", "answer"])))
     trainer.train()
-    assert seen[0].tasks == ("soft_prompt",)
-    assert seen[0].plain_ratio == (0.5 if freeze_base else 0.8)
-    pairs = GemLoss(model, inner=MultipleNegativesRankingLoss(model), alpha=0.5)
-    assert pairs._plan(["prompt", "answer"]).tasks == ("reconstruction", "continuation")
-    assert trainer.loss._plan(["anchor", "positive"]).tasks == ("reconstruction", "continuation")
+    used = trainer.loss.get_config_dict()
+    assert (used["tasks"], used["plain_ratio"]) == (["soft_prompt"], 0.5 if freeze_base else 0.8)
+    for names, options in (
+        (["prompt", "answer"], {"loss": MultipleNegativesRankingLoss(model)}),
+        (["anchor", "positive"], {}),
+    ):
+        other = make_trainer(
+            model,
+            tmp_path,
+            data.rename_columns(dict(zip(data.column_names, names, strict=True))),
+            loss=GemLoss(model, alpha=0.5, plain_ratio=0.5, **options),
+            max_steps=1,
+        )
+        other.train()
+        assert other.loss.get_config_dict()["tasks"] == ["reconstruction", "continuation"]
     assert max(logged(trainer, "ntp")) > 0
     assert min(logged(trainer, "contrastive")) > 0
 
