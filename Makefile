@@ -45,8 +45,8 @@ cards: demo ## Render the cards in model_cards, those of gem-base-8m from a new 
 test: setup lint ## Lint, then run all tests, in two processes (JOBS=n for others)
 	$(call run_tests,$(VENV))
 
-test-fast: setup ## Run the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow'
+test-fast: setup ## Run the tests of the method: modeling, losses, structure; about a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow' tests/modeling tests/losses tests/test_structure.py
 
 test-newest: ## Run all tests on today's releases of everything but torch, and say what differs from constraints.txt
 	rm -rf .venv-newest
