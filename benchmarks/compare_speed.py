@@ -31,8 +31,9 @@ def measure(tree: str, base: str) -> dict[str, float]:
     """Seconds of encoding, of reading once and continuing, and of training steps, in both modes."""
     sys.path.insert(0, tree)
     import torch
-    from gem_st import GemLoss, GemTransformer
     from sentence_transformers import SentenceTransformer
+
+    from gem_st import GemLoss, GemTransformer
 
     torch.set_num_threads(1)
     random.seed(0)
