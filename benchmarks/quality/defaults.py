@@ -23,7 +23,7 @@ from transformers import set_seed
 
 from gem_st import GemLoss, GemTransformer
 from gem_st.evaluation import perplexity
-from gem_st.training.report import describe_versions
+from gem_st.training.measures import describe_versions
 
 TEXTS = {"books": 0.2, "nli": 0.8}
 NUM_TEXTS = 8_000

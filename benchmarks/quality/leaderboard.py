@@ -30,7 +30,7 @@ from gem_st.evaluation import perplexity
 from gem_st.evaluation.baselines import BASELINES, build_baseline
 from gem_st.evaluation.mteb_scores import fingerprint, score_task
 from gem_st.evaluation.suites import load_suite
-from gem_st.training.report import describe_versions
+from gem_st.training.measures import describe_versions
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 64,

@@ -184,7 +184,7 @@ def evaluate(
     Example: gem-st eval runs/demo/frozen --suite tasks.yaml --health
     """
     with _one_line_errors(expect_any=False):
-        from ..evaluation.results import render_row
+        from ..evaluation.render import render_row
         from ..evaluation.run import EvalConfig
         from ..evaluation.run import evaluate as run
 

@@ -158,7 +158,7 @@ class Reconstruction(NamedTuple):
     chrf: float
 
 
-class Check(NamedTuple):
+class HealthRow(NamedTuple):
     """One row of the table.
 
     Attributes:
@@ -213,7 +213,7 @@ class Health:
         """Whether nothing is to be looked at."""
         return all(check.is_ok is not False for check in self.checks())
 
-    def checks(self) -> list[Check]:
+    def checks(self) -> list[HealthRow]:
         """The rows of the table, with what is expected of each."""
         checks = [
             self._agreement("batches", f"Batches of 1 against batches of {self.batch_size}"),
@@ -221,7 +221,9 @@ class Health:
             self._agreement("bfloat16", "bfloat16 against float32"),
             *(self._missing("isotropy", "Isotropy") if self.isotropy is None else check_isotropy(self.isotropy)),
             *(self._missing("lengths", "Stability with length") if not self.lengths else check_lengths(self.lengths)),
-            Check("Vectors that are not finite, or zero", f"{self.num_bad} of {self.num_texts}", "0", not self.num_bad),
+            HealthRow(
+                "Vectors that are not finite, or zero", f"{self.num_bad} of {self.num_texts}", "0", not self.num_bad
+            ),
             check_odd_inputs(self.odd_inputs),
         ]
         if "reconstruction" in self.not_measured:
@@ -239,23 +241,25 @@ class Health:
         rows = [f"| {c.name} | {_cell(c.value)} | {c.expected or '-'} | {verdicts[c.is_ok]} |" for c in self.checks()]
         return "\n".join(["| measured | value | expected | verdict |", "|---|---|---|---|", *rows]) + "\n"
 
-    def _agreement(self, attribute: str, name: str) -> Check:
+    def _agreement(self, attribute: str, name: str) -> HealthRow:
         agreement: Agreement | None = getattr(self, attribute)
         if agreement is None:
             return self._missing(attribute, name)[0]
         is_exact = self.dtype == "float32" and attribute != "bfloat16"
         return check_agreement(name, agreement, is_exact)
 
-    def _missing(self, attribute: str, name: str) -> list[Check]:
-        return [Check(name, f"not measured: {self.not_measured.get(attribute, 'no reason given')}")]
+    def _missing(self, attribute: str, name: str) -> list[HealthRow]:
+        return [HealthRow(name, f"not measured: {self.not_measured.get(attribute, 'no reason given')}")]
 
 
-def check_agreement(name: str, agreement: Agreement, is_exact: bool) -> Check:
+def check_agreement(name: str, agreement: Agreement, is_exact: bool) -> HealthRow:
     """Two ways that should agree, up to the rounding of float32 (``is_exact``) or of a lower precision."""
     value = f"difference {agreement.max_difference:.1e}, cosine {agreement.min_cosine:.6f}"
     if is_exact:
-        return Check(name, value, f"difference up to {MAX_DIFFERENCE:g}", agreement.max_difference <= MAX_DIFFERENCE)
-    return Check(
+        return HealthRow(
+            name, value, f"difference up to {MAX_DIFFERENCE:g}", agreement.max_difference <= MAX_DIFFERENCE
+        )
+    return HealthRow(
         name,
         f"{value} (mean {agreement.mean_cosine:.6f})",
         f"cosine from {MIN_COSINE:g}",
@@ -263,30 +267,30 @@ def check_agreement(name: str, agreement: Agreement, is_exact: bool) -> Check:
     )
 
 
-def check_isotropy(isotropy: Isotropy) -> list[Check]:
+def check_isotropy(isotropy: Isotropy) -> list[HealthRow]:
     """How vectors fill their space; what is expected is a rule of thumb, see docs/health.md."""
     share = isotropy.effective_rank / isotropy.max_rank
     mean, spread = isotropy.mean_cosine, f"from {isotropy.low_cosine:.2f} to {isotropy.high_cosine:.2f}"
     return [
-        Check(
+        HealthRow(
             "Cosine of pairs of different texts",
             f"{mean:.3f} +- {isotropy.std_cosine:.3f}, 98 % {spread}",
             f"mean up to {MAX_MEAN_COSINE:g}",
             mean <= MAX_MEAN_COSINE,
         ),
-        Check(
+        HealthRow(
             "Effective rank",
             f"{isotropy.effective_rank:.1f} of at most {isotropy.max_rank} ({share:.0%})",
             f"from {MIN_RANK_SHARE:.0%}",
             share >= MIN_RANK_SHARE,
         ),
-        Check(
+        HealthRow(
             "Variance along the first principal component",
             f"{isotropy.first_component:.1%}",
             f"up to {MAX_FIRST_COMPONENT:.0%}",
             isotropy.first_component <= MAX_FIRST_COMPONENT,
         ),
-        Check(
+        HealthRow(
             "Uniformity",
             f"{isotropy.uniformity:.2f}",
             f"up to {MAX_UNIFORMITY:g}",
@@ -295,7 +299,7 @@ def check_isotropy(isotropy: Isotropy) -> list[Check]:
     ]
 
 
-def check_lengths(lengths: Sequence[LengthHealth]) -> list[Check]:
+def check_lengths(lengths: Sequence[LengthHealth]) -> list[HealthRow]:
     """Whether vectors stay comparable as texts grow, rows from the shortest to the longest."""
     span = f"{lengths[0].num_tokens} to {lengths[-1].num_tokens} tokens"
     norms = [row.norm for row in lengths]
@@ -303,7 +307,7 @@ def check_lengths(lengths: Sequence[LengthHealth]) -> list[Check]:
     ratio = largest / smallest if smallest > 0 else math.inf
     is_finite = all(row.is_finite for row in lengths)
     checks = [
-        Check(
+        HealthRow(
             f"Norm before normalisation, {span}",
             f"{_series(norms)}, ratio {ratio:.2f}" + ("" if is_finite else ", not finite everywhere"),
             f"finite, ratio up to {MAX_NORM_RATIO:g}",
@@ -315,7 +319,7 @@ def check_lengths(lengths: Sequence[LengthHealth]) -> list[Check]:
         pairs = [row.pairs for row in lengths]
         compared = [value > pair for value, pair in zip(values, pairs, strict=True) if pair is not None]
         checks.append(
-            Check(
+            HealthRow(
                 f"{label}, cosine, {span}",
                 _series(values),
                 "above pairs of different texts at each length",
@@ -324,28 +328,28 @@ def check_lengths(lengths: Sequence[LengthHealth]) -> list[Check]:
         )
     known = [row for row in lengths if row.pairs is not None]
     if len(known) < 2:
-        return [*checks, Check(f"Pairs by length, {span}", "not measured: too little text to make long ones")]
+        return [*checks, HealthRow(f"Pairs by length, {span}", "not measured: too little text to make long ones")]
     values = [row.pairs for row in known]
     rise = values[-1] - values[0]
     span = f"{known[0].num_tokens} to {known[-1].num_tokens} tokens"
     value = f"{_series(values)}, rise {rise:.2f}"
     checks.append(
-        Check(f"Pairs of different texts, cosine, {span}", value, f"rise up to {MAX_RISE:g}", rise <= MAX_RISE)
+        HealthRow(f"Pairs of different texts, cosine, {span}", value, f"rise up to {MAX_RISE:g}", rise <= MAX_RISE)
     )
     return checks
 
 
-def check_odd_inputs(odd_inputs: dict[str, str]) -> Check:
+def check_odd_inputs(odd_inputs: dict[str, str]) -> HealthRow:
     """Whether every odd input gives a finite vector that is not zero, twice the same."""
     problems = [f"{name}: {problem}" for name, problem in odd_inputs.items() if problem != "ok"]
     value = "; ".join(problems) or f"{len(odd_inputs)} of {len(odd_inputs)} embedded"
-    return Check("Odd inputs: " + ", ".join(odd_inputs), value, "finite, not zero, repeatable", not problems)
+    return HealthRow("Odd inputs: " + ", ".join(odd_inputs), value, "finite, not zero, repeatable", not problems)
 
 
-def check_reconstruction(groups: Sequence[Reconstruction]) -> list[Check]:
+def check_reconstruction(groups: Sequence[Reconstruction]) -> list[HealthRow]:
     """What comes back of texts; nothing is expected, since it takes a training for it."""
     return [
-        Check(
+        HealthRow(
             f"Reconstruction, {group.min_tokens} to {group.max_tokens} tokens",
             f"{group.exact_match:.0%} whole, chrF {group.chrf:.1f} ({group.num_texts} texts)",
             "high if trained for it, otherwise near 0 %",

@@ -24,7 +24,7 @@ from .. import hub
 from ..files import write_json, write_text
 from ..finding import find_gem
 from ..modeling.gem_files import is_local
-from ..training.report import describe_versions
+from ..training.measures import describe_versions
 from .baselines import BASELINES, build_baseline, set_padding_token
 from .health import measure_health
 from .identity import (
@@ -34,7 +34,8 @@ from .identity import (
 )
 from .lm_eval_tasks import GenerationTask, evaluate_generation, retry_smaller
 from .mteb_scores import score_task
-from .results import EvalResults, draw_bars, render_markdown, update_card
+from .render import draw_bars, render_markdown, update_card
+from .results import EvalResults
 from .retention import compare_generators
 from .suites import LOCAL_ADVICE, Suite, load_suite, read_texts_of
 

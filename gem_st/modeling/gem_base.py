@@ -1,4 +1,4 @@
-"""GemBase: the language model and the codec of its texts, loaded once; all others run it."""
+"""GemBase: the language model and the codec of its texts, loaded once."""
 
 from __future__ import annotations
 

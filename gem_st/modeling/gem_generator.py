@@ -1,4 +1,4 @@
-"""Reader: text into a cache. Generator: continue token ids or a cache, reconstruct a memory."""
+"""Reader: token ids into a cache. Generator: continue texts, ids or a cache, reconstruct a memory."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class GemParts(nn.Module):
         facts: What the base can do.
         gem_tokens: The GEM tokens.
         embedder: Rows or caches -> embeddings; without state.
-        reader: Text into a cache; without state.
+        reader: Token ids into a cache; without state.
         generator: Continues token ids or caches.
         source: Where the base was loaded from.
     """

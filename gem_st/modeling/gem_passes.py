@@ -1,4 +1,4 @@
-"""Passes: the ways in which rows go through the model. All give the same hidden states, but for rounding."""
+"""Passes: the ways in which rows go through the model. Those of one mode give the same states, but for rounding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKED_PADDING = 128
 
 
 class Pass(Protocol):
-    """What turns rows into hidden states."""
+    """What turns rows into hidden states, and may be told what was read of them: causal and staged passes."""
 
     def __call__(self, rows: Rows, shared: Shared | None = None) -> Tensor:
         """Hidden states of right-padded rows, whose first tokens may have been read. Shape: ``(B, T, D)``"""

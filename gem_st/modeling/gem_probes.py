@@ -1,4 +1,4 @@
-"""What a base can do, found by running it on a few tokens when it is loaded."""
+"""What a base can do, found by running it on a few tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text and chat messages <-> token ids: the base's tokenizer, whose state is never changed."""
+"""Text and chat messages <-> token ids: the base's tokenizer, whose state encoding never changes."""
 
 from __future__ import annotations
 

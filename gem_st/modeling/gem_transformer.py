@@ -1,8 +1,8 @@
 """GEM: one decoder-only language model that embeds text and keeps generating (arXiv 2506.04344).
 
 This file is the Sentence-Transformers module; the files named ``gem_*`` beside it are the method. Copies of all of them
-travel in every checkpoint, this one as ``gem_st.py``, so they import the standard library, torch, transformers,
-sentence_transformers, safetensors and each other only.
+travel in every checkpoint, this one as ``gem_st.py``, so they import the standard library, what comes with
+sentence_transformers, and each other only.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ from ..losses.schedules import AlphaSchedule, TwoPhaseLearningRate
 from ..modeling.gem_transformer import GemTransformer
 from .config import TrainConfig, load_config
 from .data import TrainData, as_texts, generate_texts, load_eval, load_source, read_texts, set_aside, write_texts
-from .report import describe_versions, measure, write_report
+from .measures import describe_versions, measure
+from .report import write_report
 
 __all__ = ["TrainConfig", "TrainResult", "load_config", "train"]
 

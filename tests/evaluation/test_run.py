@@ -21,7 +21,8 @@ from gem_st.cli import app
 from gem_st.evaluation.baselines import build_baseline
 from gem_st.evaluation.identity import same_weights
 from gem_st.evaluation.mteb_scores import score_task
-from gem_st.evaluation.results import EvalResults, insert_section, losses, render_markdown, render_row, update_card
+from gem_st.evaluation.render import insert_section, lost_groups, render_markdown, render_row, update_card
+from gem_st.evaluation.results import EvalResults
 from gem_st.evaluation.run import EvalConfig, evaluate, named_base
 from gem_st.evaluation.suites import load_suite, read_texts_of
 
@@ -412,7 +413,7 @@ def test_the_row_is_the_papers(make_base: Callable[..., Path]) -> None:
     assert rows[2] == "| mean pooling | 10.00 | 60.00 | 10.00 | 26.67 | 50.00 |"
     assert rows[3] == "| **gem** | 30.00 | 50.00 | 10.00 | 30.00 | 25.00 |"
     assert rows[4] == "| difference | +20.00 | -10.00 | +0.00 | +3.33 | -25.00 |"
-    assert losses(results) == {"mean": ["STS"]}
+    assert lost_groups(results) == {"mean": ["STS"]}
     assert "Lower than mean in STS." in render_row(results)
 
 
