@@ -50,6 +50,9 @@ def test_floors_are_those_of_the_package(versions):
     floors = dict(re.findall(r"([\w-]+)~=([\d.]+)", versions.floors()))
     for name, low in REQUIREMENTS.items():
         assert floors[name].removesuffix(".0") == low.removeprefix(">=")
+    entry = (ROOT / "gem_st" / "modeling" / "gem_transformer.py").read_text(encoding="utf-8")
+    wanted = " ".join(f"'{name}{low}'" for name, low in REQUIREMENTS.items())
+    assert f'wanted = "{wanted}"' in entry  # which can import nothing before it has looked
 
 
 def test_a_run_is_noted_with_its_counts(versions, tmp_path, monkeypatch):

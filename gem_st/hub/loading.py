@@ -8,13 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    ModelCard,
-    hf_hub_download,
-)
-from huggingface_hub.errors import (
-    RemoteEntryNotFoundError,
-)
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from sentence_transformers import SentenceTransformer
 
 from .._version import __version__

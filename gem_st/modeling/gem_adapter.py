@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from .gem_base import GemBase
+
 TESTED_TOGETHER = {"transformers": "5.24.0", "peft": "0.21.2"}
 """Releases that passed all tests together, for whoever has others that do not fit each other."""
 
@@ -87,7 +89,7 @@ def add_lora(model: Any, config: Any) -> Any:
     return model
 
 
-def lora_options(rank: int | None, options: dict[str, Any] | None, linear_names: list[str]) -> dict[str, Any]:
+def lora_options(base: GemBase, rank: int | None, options: dict[str, Any] | None) -> dict[str, Any]:
     """Options of the LoRA beside a frozen base: rank 32 and a factor of 8 on all linear layers, unless given.
 
     Raises:
@@ -96,7 +98,7 @@ def lora_options(rank: int | None, options: dict[str, Any] | None, linear_names:
     options = options or {}
     rank = 32 if rank is None else rank
     # PEFT does not take "all-linear" with layers_to_transform.
-    target_modules: Any = linear_names if "layers_to_transform" in options else "all-linear"
+    target_modules: Any = base.linear_names() if "layers_to_transform" in options else "all-linear"
     return _check_lora_kwargs({"r": rank, "lora_alpha": 8 * rank, "target_modules": target_modules, **options})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from sentence_transformers.util import get_world_size
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
@@ -77,11 +78,7 @@ class Embedder:
         lengths = rows.lengths
         shared = self.read_shared_prefix(rows)
         cost = BUCKET_COST.get(rows.input_ids.device.type, 2048)
-        distributed = torch.distributed
-        is_single = not (
-            distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        )
-        buckets = length_buckets(lengths, cost) if is_single else []
+        buckets = length_buckets(lengths, cost) if get_world_size() == 1 else []
         is_far = lengths > self.base.rope_limit
         buckets = [part for index in buckets for part in (index[is_far[index]], index[~is_far[index]]) if len(part)]
         if len(buckets) <= 1:

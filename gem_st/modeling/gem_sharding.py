@@ -53,9 +53,3 @@ def value_of(parameter: Any) -> float:
     """The number that a parameter holds; nan on a process that has no part of it (FSDP2). Shape: ``(1,)``"""
     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return local.item() if local.numel() else math.nan
-
-
-def is_writer() -> bool:
-    """True for the one process of a training that writes files."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

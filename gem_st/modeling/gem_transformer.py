@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 try:  # before the files beside it, of which old versions would raise something else
     from sentence_transformers.base.modules import InputModule
+    from sentence_transformers.util import get_rank
     from transformers.masking_utils import create_masks_for_generate  # noqa: F401
 except ImportError as error:
     wanted = "'sentence-transformers>=6.0' 'transformers>=5.4' 'torch>=2.7'"
@@ -55,7 +56,7 @@ from .gem_language import LanguageMethods
 from .gem_mask import Rows
 from .gem_passes import AppendPass, CausalPass, PackedPass, StagedPass
 from .gem_probes import probe_base
-from .gem_sharding import Gathered, is_writer, value_of
+from .gem_sharding import Gathered, value_of
 from .gem_tokens import GemTokens, claim_gem_tokens, draw_gem_rows, write_gem_rows
 
 logger = logging.get_logger(__name__)
@@ -159,9 +160,10 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         if freeze_base:
             facts.require_cache()
 
-        ids, source = claim_gem_tokens(base, num_gem_tokens, freeze_base)
         if saved:
             ids, source = saved["gem_token_ids"], saved["gem_token_source"]
+        else:
+            ids, source = claim_gem_tokens(base, num_gem_tokens, freeze_base)
         self.gem_tokens = GemTokens(ids, source, pooling, base, self if freeze_base else None)
         if source == "reserved":
             base.text.hidden_names = tuple(base.text.tokenizer.convert_ids_to_tokens(ids))
@@ -181,8 +183,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         if saved and (freeze_base or not self.save_base):
             load_adapter(self, model_name_or_path, hub_kwargs)
         elif freeze_base:
-            options_of_lora = lora_options(lora_rank, lora_kwargs, base.linear_names())
-            add_lora(self.gem_model, import_peft().LoraConfig(**options_of_lora))
+            add_lora(self.gem_model, import_peft().LoraConfig(**lora_options(base, lora_rank, lora_kwargs)))
         if num_gem_tokens > 1 or freeze_base:
             self.require_attention_mask()
         self.register_load_state_dict_pre_hook(keep_quantized_weights)
@@ -297,7 +298,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             raise ValueError("GEM checkpoints hold safetensors only; save with safe_serialization=True.")
         check_writable(self)
         with Gathered(self) as is_first:
-            if is_first and is_writer():
+            if is_first and get_rank() == 0:
                 write_checkpoint(self, Path(output_path), __file__, **kwargs)
             elif is_first:
                 logger.warning_once("Of several processes the first one writes the checkpoint; this one does not.")
