@@ -75,11 +75,12 @@ class _GemEvaluator(BaseEvaluator):
         Returns:
             The metrics.
         """
-        metrics = self.prefix_name_to_metrics(self._measure(model[0]), self.name)
+        metrics = self.prefix_name_to_metrics(self.measure(model[0]), self.name)
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics
 
-    def _measure(self, gem: Any) -> dict[str, float]:
+    def measure(self, gem: Any) -> dict[str, float]:
+        """The metrics of a GEM module under their short names, without a word to the model card."""
         raise NotImplementedError
 
 
@@ -100,7 +101,7 @@ class PerplexityEvaluator(_GemEvaluator):
         self.texts, self.name, self.max_length, self.batch_size = list(texts), name, max_length, batch_size
         self.primary_metric = f"{name}_perplexity" if name else "perplexity"
 
-    def _measure(self, gem: Any) -> dict[str, float]:
+    def measure(self, gem: Any) -> dict[str, float]:
         value = perplexity(gem.model, gem.tokenizer, self.texts, max_length=self.max_length, batch_size=self.batch_size)
         return {"perplexity": value}
 
@@ -134,7 +135,7 @@ class ReconstructionEvaluator(_GemEvaluator):
         self.chrf = CHRF()
         self.primary_metric = f"{name}_chrf" if name else "chrf"
 
-    def _measure(self, gem: Any) -> dict[str, float]:
+    def measure(self, gem: Any) -> dict[str, float]:
         copies: list[str] = []
         for start in range(0, len(self.texts), self.batch_size):
             copies += gem.reconstruct(gem.compress(self.texts[start : start + self.batch_size]))

@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..modeling.gem_text import count_special_tokens
+from ..modeling.gem_text import count_around
 
 BASELINES = {
     "mean": "mean of the last hidden states over all tokens",
@@ -44,7 +44,7 @@ class EchoTransformer(Transformer):
         """
         features = super().preprocess(inputs, prompt, *args, **kwargs)
         assert self.tokenizer is not None
-        special = count_special_tokens(self.tokenizer)
+        special = count_around(self.tokenizer)[0]
         rows: list[Tensor] = []
         masks: list[Tensor] = []
         for ids, mask in zip(features["input_ids"], features["attention_mask"], strict=True):

@@ -708,8 +708,7 @@ def group_by_length(texts: Sequence[str], lengths: Sequence[int]) -> dict[tuple[
 
 
 def _reconstruct(gem: Any, low: int, high: int, texts: list[str], batch_size: int) -> Reconstruction:
-    # Called through `_measure`, it leaves the model card's metrics alone.
-    metrics = ReconstructionEvaluator(texts, batch_size=batch_size)._measure(gem)
+    metrics = ReconstructionEvaluator(texts, batch_size=batch_size).measure(gem)
     return Reconstruction(low, high, len(texts), metrics["exact_match"], metrics["chrf"])
 
 

@@ -85,7 +85,7 @@ def push(
             folder = export(source, Path(scratch) / "checkpoint")
         old = partial(fetch, repo_id, revision=state.sha, token=token)
         present = {str(file.rfilename) for file in state.siblings or ()}
-        operations = _list_operations(folder, present, old, repo_id, replace_model_card)
+        operations = list_operations(folder, present, old, repo_id, replace_model_card)
         if is_new:
             api.create_branch(repo_id, branch=str(revision), exist_ok=True)
         # Only on top of what was looked at here: another push in between is not overwritten by half.
@@ -142,7 +142,7 @@ def _check_base_is_public(settings: dict[str, Any]) -> None:
         )
 
 
-def _list_operations(
+def list_operations(
     folder: Path, present: set[str], old: Callable[[str], Path | None], repo_id: str, replace_model_card: bool
 ) -> list[Any]:
     """Files of the export to be added, and those of an older GEM checkpoint in the repository to be removed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from ..files import read_json, write_json
@@ -137,13 +137,9 @@ def _tokenizer_with_gem_token(gem: Any, probe_texts: Sequence[str]) -> PreTraine
         ValueError: If it gives other ids than the model's own module.
     """
     original: Any = gem.tokenizer
-    backend = type(original.backend_tokenizer).from_str(original.backend_tokenizer.to_str())
-    (gem_token_id,) = gem.gem_token_ids
-    token = "<|gem|>"
-    template = processors.TemplateProcessing(
-        single=f"$A {token}", pair=f"$A $B {token}", special_tokens=[(token, gem_token_id)]
-    )
-    backend.post_processor = processors.Sequence([p for p in (backend.post_processor, template) if p is not None])
+    state = json.loads(original.backend_tokenizer.to_str())
+    state["post_processor"] = append_to_template(state["post_processor"], "<|gem|>", gem.gem_token_ids[0])
+    backend = type(original.backend_tokenizer).from_str(json.dumps(state))
     names = {key: getattr(original, key) for key in ("bos_token", "eos_token", "unk_token") if getattr(original, key)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -157,7 +153,8 @@ def _tokenizer_with_gem_token(gem: Any, probe_texts: Sequence[str]) -> PreTraine
     special = [str(token) for token in original.added_tokens_decoder.values()]
     own = original.convert_ids_to_tokens(gem.gem_token_ids)
     for text in [*probe_texts, " a".join(token for token in special[:64] if token not in own)]:
-        ids, expected = _ids_of(tokenizer, text, gem.max_seq_length), gem.preprocess([text])["input_ids"][0].tolist()
+        ids = tokenizer(text, truncation=True, max_length=gem.max_seq_length)["input_ids"]
+        expected = gem.preprocess([text])["input_ids"][0].tolist()
         if ids != expected:
             raise ValueError(
                 f"The GEM token cannot be appended by a post-processor of this tokenizer: {text!r:.40} gives {ids}, "
@@ -166,22 +163,29 @@ def _tokenizer_with_gem_token(gem: Any, probe_texts: Sequence[str]) -> PreTraine
     return tokenizer
 
 
+def append_to_template(processor: dict[str, Any] | None, token: str, token_id: int) -> dict[str, Any]:
+    """A post-processor, as ``tokenizer.json`` holds it, that also appends a token to every row.
+
+    A template takes the token as its last piece: tokenizers reads two templates in a row as a pair of texts, and panics
+    where the first one has three pieces.
+    """
+    processor = processor or {"type": "Sequence", "processors": []}
+    steps = list(processor["processors"]) if processor["type"] == "Sequence" else [processor]
+    text, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    bare: dict[str, Any] = {"type": "TemplateProcessing", "single": [text], "pair": [text, other], "special_tokens": {}}
+    places = [index for index, step in enumerate(steps) if step["type"] == "TemplateProcessing"]
+    template = steps.pop(places[-1]) if places else bare
+    rows = {name: [*template[name], {"SpecialToken": {"id": token, "type_id": 0}}] for name in ("single", "pair")}
+    special = {**template["special_tokens"], token: {"id": token, "ids": [token_id], "tokens": [token]}}
+    return {"type": "Sequence", "processors": [*steps, {**template, **rows, "special_tokens": special}]}
+
+
 def _pad_token(gem: Any) -> str:
     """A token for padding that is special already: to name another one would take its text out of all texts."""
     special = {token_id: str(token) for token_id, token in gem.tokenizer.added_tokens_decoder.items() if token.special}
     if not special:
         raise ValueError('This tokenizer has no special token to pad with. Give it a pad_token, or use format="gem".')
     return special.get(gem.base.text.pad_token_id, next(iter(special.values())))
-
-
-def _ids_of(tokenizer: Any, text: str, max_length: int) -> list[int] | None:
-    """Token ids of a text; None where the tokenizer's post-processors do not go together."""
-    try:
-        return tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-    except BaseException as error:  # of Rust, which is no Exception
-        if type(error).__name__ != "PanicException":
-            raise
-        return None
 
 
 def _link(source: Path, target: Path) -> None:

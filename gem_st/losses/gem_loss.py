@@ -179,7 +179,7 @@ class GemLoss(nn.Module):
         self.token_dropout = token_dropout
         self.mini_batch_size = mini_batch_size
         self.gather_across_devices = gather_across_devices
-        self._link = TrainerLink()
+        self.trainer_link = TrainerLink()
         self._gem: tuple[Any] = (gem,)  # a tuple, so that the module is not registered twice
         self._given: dict[str, Any] = {"plain_ratio": plain_ratio, "alpha": alpha}
         self.tasks = None if tasks is None else tuple(tasks)
@@ -204,22 +204,28 @@ class GemLoss(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GemLoss:
         """Meet the trainer that is being built, which moves its loss to the device."""
-        if trainer := self._link.look():
-            self._check_data(trainer)
+        if trainer := self.trainer_link.look():
+            self._check_trainer(trainer)
         return super()._apply(fn, recurse)
 
     def on_trainer_init(self, trainer: BaseTrainer) -> None:
         """Meet a trainer that introduces itself."""
-        if self._link.set(trainer):
-            self._check_data(trainer)
+        if self.trainer_link.set(trainer):
+            self._check_trainer(trainer)
 
-    def _check_data(self, trainer: BaseTrainer) -> None:
-        """Raise if there is something in the data or the batch size that this loss cannot be trained with."""
+    def _check_trainer(self, trainer: BaseTrainer) -> None:
+        """Raise if there is something in the adapter, the data or the batch size that cannot be trained with."""
+        (gem,) = self._gem
+        if gem.mode == "lora" and not any(p.requires_grad for p in gem.model.get_input_embeddings().parameters()):
+            raise ValueError(
+                "The LoRA leaves the embeddings of the GEM tokens untrained. model.add_adapter(LoraConfig(...)) on the "
+                "SentenceTransformer adds one that trains them."
+            )
         has_negatives = self.inner is not None or self.alpha == 0
         options = {"takes_labels": self.inner is not None, "needs_others": not has_negatives}
         rows = check_dataset(trainer.train_dataset, "training", **options)
         check_dataset(trainer.eval_dataset, "evaluation", **options)
-        warn_of_truncation(self._gem[0], rows)
+        warn_of_truncation(gem, rows)
         columns = getattr(trainer.train_dataset, "column_names", None)
         if isinstance(columns, list):  # of several data sets, each may have its own loss
             check_columns(self.tasks or (), columns)
@@ -282,12 +288,12 @@ class GemLoss(nn.Module):
                 "`loss`."
             )
         (gem,) = self._gem
-        if self._link.trainer is None:
-            self._link.look()
-        sentence_features, trainer = list(sentence_features), self._link.trainer
-        names = (
-            self._link.column_names(self, len(sentence_features)) if self.tasks is None and self.inner is None else ()
-        )
+        if self.trainer_link.trainer is None:
+            self.trainer_link.look()
+        sentence_features, trainer = list(sentence_features), self.trainer_link.trainer
+        names: tuple[str, ...] = ()
+        if self.tasks is None and self.inner is None:
+            names = self.trainer_link.column_names(self, len(sentence_features))
         plan = self._plan(names, labels is not None)
         self._last_plan = plan
         alpha = self._alpha_at(plan.alpha, trainer.state if trainer else None)

@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import shutil
-import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,16 +207,15 @@ def _remove_leftovers(folder: Path, base_folder: Path) -> None:
 
 
 def _require_versions(config_path: Path) -> None:
-    """Add the versions needed to what Sentence Transformers has just written, and does not keep by itself."""
-    if not config_path.exists():
-        return
-    for _ in range(100):  # other processes of a training may be writing the same into it at this moment
-        with contextlib.suppress(json.JSONDecodeError):
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-            config["requirements"] = {**REQUIREMENTS, **config.get("requirements", {})}
-            config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-            return
-        time.sleep(0.1)
+    """Add the versions needed to what Sentence Transformers has just written, and does not keep by itself.
+
+    Under transformers 5.23 and 5.24 every process of a training writes that file at once. One that cannot be read at
+    this moment is left as it is: the code of the checkpoint checks the versions as well.
+    """
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config["requirements"] = {**REQUIREMENTS, **config.get("requirements", {})}
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _save_adapter(gem: Any, folder: Path) -> None:

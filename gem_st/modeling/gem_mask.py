@@ -149,12 +149,12 @@ def gem_attention_mask(
     # The same for masks that are tensors, but many times faster: given a function, transformers maps it over indices.
     row, key = (torch.arange(size, device=segments.device) for size in segments.shape)
     rule = may_attend(row[:, None, None, None], row[:0], key[num_past:, None], key)
-    combine = partial(_combine_masks, rule=rule, is_causal=key[num_past:, None] >= key)
+    combine = partial(combine_masks, rule=rule, is_causal=key[num_past:, None] >= key)
     masks = create_masks_for_generate(**inputs)
     return {name: combine(mask) for name, mask in masks.items()} if isinstance(masks, dict) else combine(masks)
 
 
-def _combine_masks(mask: Tensor | None, rule: Tensor, is_causal: Tensor) -> Tensor:
+def combine_masks(mask: Tensor | None, rule: Tensor, is_causal: Tensor) -> Tensor:
     """Forbid in a mask of transformers what the rule forbids; None is its shorthand for causality.
 
     Shapes: ``(B, 1, Q, T)``, ``(B, 1, Q, T)``, ``(Q, T)`` -> ``(B, 1, Q, T)``

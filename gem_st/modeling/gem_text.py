@@ -52,7 +52,7 @@ class TextCodec:
         rows = self.tokenizer(texts, verbose=False, **options)["input_ids"]
         if max_tokens is None or all(len(row) <= max_tokens for row in rows):
             return rows
-        around = self._count_around() if add_special_tokens else (0, 0)
+        around = count_around(self.tokenizer) if add_special_tokens else (0, 0)
         return [self._truncate(row, max_tokens, *around) for row in rows]
 
     def _truncate(self, row: list[int], max_tokens: int, num_before: int, num_after: int) -> list[int]:
@@ -63,12 +63,6 @@ class TextCodec:
         body, room = row[num_before:end], max(0, max_tokens - num_before - num_after)
         is_left = self.tokenizer.truncation_side == "left"
         return [*row[:num_before], *(body[len(body) - room :] if is_left else body[:room]), *row[end:]]
-
-    def _count_around(self) -> tuple[int, int]:
-        """Tokens that the tokenizer puts before and behind a text."""
-        whole, bare = (self.tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
-        starts = [index for index in range(len(whole)) if whole[index : index + len(bare)] == bare]
-        return (starts[0], len(whole) - starts[0] - len(bare)) if starts and bare else (0, 0)
 
     def _defuse(self, text: str) -> str:
         """Break up hidden names in a text, with a zero-width space, so that they are not matched."""
@@ -130,10 +124,11 @@ class TextCodec:
     @property
     def num_special_tokens(self) -> int:
         """Special tokens, BOS in most models, that the tokenizer puts before a text."""
-        return count_special_tokens(self.tokenizer)
+        return count_around(self.tokenizer)[0]
 
 
-def count_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Special tokens, BOS in most models, that a tokenizer puts before a text."""
-    ids, special = tokenizer("a")["input_ids"], set(tokenizer.all_special_ids)
-    return next((index for index, token_id in enumerate(ids) if token_id not in special), 0)
+def count_around(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Special tokens, BOS and EOS in most models, that a tokenizer puts before and behind a text."""
+    whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    starts = [index for index in range(len(whole)) if whole[index : index + len(bare)] == bare]
+    return (starts[0], len(whole) - starts[0] - len(bare)) if starts and bare else (0, 0)

@@ -19,7 +19,7 @@ from ..losses.dataset_checks import sample_rows
 from ..losses.next_token import LOGITS_BUDGET
 from ..losses.rows import drop_tokens, split_text, takes_pairs
 from ..modeling.gem_mask import GEM, PREFIX, SUFFIX
-from ..modeling.gem_text import count_special_tokens
+from ..modeling.gem_text import count_around
 from .config import TrainConfig
 from .data import share_rows
 from .run import load_data, read_context
@@ -129,7 +129,7 @@ def build_examples(
     has_pairs = takes_pairs(tasks)
     generator = torch.Generator().manual_seed(config.seed)
     limit = (config.max_length or 0) - config.num_gem_tokens
-    special = count_special_tokens(tokenizer)
+    special = count_around(tokenizer)[0]
     gem = [f"[GEM {index + 1}]" for index in range(config.num_gem_tokens)]
     shown: list[tuple[str, Segments]] = []
     for row, kind in zip(rows, itertools.cycle(kinds)):

@@ -477,21 +477,35 @@ def test_what_stock_modules_cannot_do_is_said(make_base, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_that_stock_modules_would_misread_is_refused(make_base, tmp_path):
+@pytest.mark.parametrize("template", ["$A", "<bos> $A <eos>", "<bos> <bos> $A <eos>"])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_the_gem_token_joins_the_template_of_the_tokenizer(make_base, tmp_path, template, is_last):
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(make_base()).save_pretrained(base)
+    tokenizer = build_tokenizer()
+    steps = [processors.TemplateProcessing(single=template, special_tokens=[("<bos>", 0), ("<eos>", 1)])]
+    steps.insert(0 if is_last else 1, processors.ByteLevel(trim_offsets=False))
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence(steps)
+    tokenizer.save_pretrained(base)
+    model = build(base)
+    folder = hub.export(model, tmp_path / "stock", format="stock")
+    loaded = SentenceTransformer(str(folder), device="cpu")
+    ids = loaded.tokenizer("")["input_ids"]
+    assert ids == [*tokenizer("")["input_ids"], *model[0].gem_token_ids]
+    np.testing.assert_allclose(loaded.encode([*TEXTS, ""]), model.encode([*TEXTS, ""]), atol=1e-5)
+
+
+def test_a_tokenizer_that_stock_modules_would_misread_is_refused(make_base, tmp_path, monkeypatch):
     backend = Tokenizer(models.WordLevel({"!": 0, "a": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    template = {"single": "<bos> $A <eos>", "special_tokens": [("<bos>", 0), ("<eos>", 1)]}
-    three = build_tokenizer()
-    three.backend_tokenizer.post_processor = processors.TemplateProcessing(**template)
-    without = PreTrainedTokenizerFast(tokenizer_object=backend)
-    for index, (tokenizer, message) in enumerate(
-        ((three, "cannot be appended by a post-processor"), (without, "no special token to pad with"))
-    ):
-        base = tmp_path / f"base{index}"
-        AutoModelForCausalLM.from_pretrained(make_base()).save_pretrained(base)
-        tokenizer.save_pretrained(base)
-        with pytest.raises(ValueError, match=message):
-            hub.export(build(base), tmp_path / "stock", format="stock")
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(make_base()).save_pretrained(base)
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(base)
+    with pytest.raises(ValueError, match="no special token to pad with"):
+        hub.export(build(base), tmp_path / "stock", format="stock")
+    monkeypatch.setattr("gem_st.hub.stock.append_to_template", lambda processor, token, token_id: processor)
+    with pytest.raises(ValueError, match=r"cannot be appended by a post-processor .* gives \[0\], and should give \[0, 400\]"):
+        hub.export(build(make_base()), tmp_path / "stock", format="stock")
 
 
 def test_files_that_serving_engines_read(make_base, tmp_path):

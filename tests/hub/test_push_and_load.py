@@ -317,11 +317,11 @@ def test_another_push_in_between_is_not_overwritten_by_half(server, client, make
     from huggingface_hub import HfApi
     from gem_st import hub
     from gem_st.hub import pushing
-    add = pushing._list_operations
+    add = pushing.list_operations
     def wait(*args):
         HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo="gem_config.json", repo_id="acme/race")
         return add(*args)
-    pushing._list_operations = wait
+    pushing.list_operations = wait
     hub.push("model", "acme/race")
     """
     done = client(code)

@@ -12,16 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from datasets import Dataset
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import check_peft_version
 
 from gem_st import GemLoss, GemTransformer, merge_lora
 
-from ..conftest import CORPUS
+from ..conftest import CORPUS, quiet_arguments
 from .test_frozen_base import outputs_of, same, take_steps
 from .test_gem_checkpoint import EMBED
 
@@ -403,6 +404,18 @@ def test_what_peft_says_of_the_configuration_is_left_as_it_is(make_model):
         make_model().add_adapter(LoraConfig(target_modules=["no_such_layer"]))
     with pytest.raises(TypeError, match=r"needs a PeftConfig, e\.g\. LoraConfig\(\.\.\.\), got dict"):
         make_model().add_adapter({"r": 4})
+
+
+def test_a_lora_that_leaves_the_gem_tokens_untrained_is_refused_by_the_loss(make_model, tmp_path):
+    model = make_model()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules="all-linear"), model[0].model)
+    with pytest.raises(ValueError, match=r"leaves the embeddings of the GEM tokens untrained\. model\.add_adapter"):
+        SentenceTransformerTrainer(
+            model=model,
+            args=quiet_arguments(tmp_path),
+            train_dataset=Dataset.from_dict({"text": CORPUS}),
+            loss=GemLoss(model),
+        )
 
 
 def test_an_adapter_is_not_replaced_by_another_of_its_name(with_lora):

@@ -304,5 +304,5 @@ def test_packed_texts_have_the_states_and_gradients_they_have_alone(make_model, 
 def test_models_that_cannot_be_masked_are_not_packed(make_model, monkeypatch):
     assert make_model()[0].embedder.packed.works
     assert make_model(freeze_base=True)[0].embedder.packed is None
-    monkeypatch.setattr(gem_mask, "_combine_masks", lambda mask, rule, is_causal: is_causal.expand_as(rule))
+    monkeypatch.setattr(gem_mask, "combine_masks", lambda mask, rule, is_causal: is_causal.expand_as(rule))
     assert not make_model()[0].embedder.packed.works
