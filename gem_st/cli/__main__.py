@@ -1,5 +1,5 @@
 """`python -m gem_st.cli`."""
 
-from .app import app
+from . import app
 
 app()

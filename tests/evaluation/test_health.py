@@ -13,8 +13,30 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Normalize
 
-from gem_st.evaluation import health
-from gem_st.evaluation.health import Agreement, LengthHealth, measure_health
+from gem_st.evaluation.health import examine, measure_health
+from gem_st.evaluation.health.encode import weights_dtype
+from gem_st.evaluation.health.examine import (
+    cast_copy,
+    choose_texts,
+    cut_stream,
+    group_by_length,
+    judge_input,
+    mix_lengths,
+    row_lengths,
+)
+from gem_st.evaluation.health.report import Health, check_agreement, check_lengths
+from gem_st.evaluation.health.vectors import (
+    Agreement,
+    LengthHealth,
+    compare,
+    effective_rank,
+    first_component_share,
+    is_bad,
+    measure_isotropy,
+    pair_cosines,
+    singular_values,
+    uniformity,
+)
 
 from ..conftest import CORPUS
 
@@ -24,8 +46,8 @@ TEXTS += [f"{text} {CORPUS[0]}" for text in CORPUS[1:]]
 
 @pytest.fixture(autouse=True)
 def _less_to_do(monkeypatch):
-    monkeypatch.setattr(health, "NUM_LONG", 6)
-    monkeypatch.setattr(health, "RECONSTRUCTED_LENGTHS", (16, 24))
+    monkeypatch.setattr(examine, "NUM_LONG", 6)
+    monkeypatch.setattr(examine, "RECONSTRUCTED_LENGTHS", (16, 24))
 
 
 class Broken(Module):
@@ -51,11 +73,11 @@ def break_model(make_model):
     return lambda change: SentenceTransformer(modules=[make_model()[0], Broken(change)], device="cpu")
 
 
-def measure(model: SentenceTransformer, **kwargs: Any) -> health.Health:
+def measure(model: SentenceTransformer, **kwargs: Any) -> Health:
     return measure_health(model, TEXTS, **{"max_length": 64, **kwargs})
 
 
-def verdict(result: health.Health, name: str) -> bool | None:
+def verdict(result: Health, name: str) -> bool | None:
     """Of the one row whose name holds ``name``."""
     return next(check.is_ok for check in result.checks() if name in check.name)
 
@@ -65,68 +87,68 @@ def verdict(result: health.Health, name: str) -> bool | None:
 
 def test_effective_rank_of_known_matrices():
     equal = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
-    assert health.effective_rank(health.singular_values(equal)) == pytest.approx(2)
+    assert effective_rank(singular_values(equal)) == pytest.approx(2)
     uneven = equal * [2, 1]  # singular values in the proportion 2 to 1
     expected = math.exp(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)))
-    assert health.effective_rank(health.singular_values(uneven + 7)) == pytest.approx(expected)  # centring takes 7 away
-    assert health.first_component_share(health.singular_values(uneven)) == pytest.approx(4 / 5)
+    assert effective_rank(singular_values(uneven + 7)) == pytest.approx(expected)  # centring takes 7 away
+    assert first_component_share(singular_values(uneven)) == pytest.approx(4 / 5)
     same = np.full((5, 3), 0.3) + 1e-9 * np.eye(5, 3)
-    assert health.effective_rank(health.singular_values(same)) == 0
-    assert health.first_component_share(health.singular_values(same)) == 1
+    assert effective_rank(singular_values(same)) == 0
+    assert first_component_share(singular_values(same)) == 1
 
 
 def test_isotropy_of_known_vectors():
     vectors = np.array([[2.0, 0], [0, 1], [-3, 0]])  # cosines 0, -1, 0; squared distances 2, 4, 2
-    isotropy = health.measure_isotropy(vectors)
+    isotropy = measure_isotropy(vectors)
     assert isotropy.mean_cosine == pytest.approx(-1 / 3)
     assert isotropy.std_cosine == pytest.approx(math.sqrt(2) / 3)
     assert (isotropy.low_cosine, isotropy.high_cosine) == (pytest.approx(-0.98), 0)  # interpolated
     assert isotropy.uniformity == pytest.approx(math.log((2 * math.exp(-4) + math.exp(-8)) / 3))
     assert isotropy.max_rank == 2
-    assert health.uniformity(np.ones(3)) == 0
+    assert uniformity(np.ones(3)) == 0
 
 
 def test_agreement_is_that_of_unit_vectors():
     first, second = np.array([[1.0, 0], [0, 2]]), np.array([[5.0, 0], [2, 2]])
-    agreement = health.compare(first, second)
+    agreement = compare(first, second)
     root = math.sqrt(0.5)
     assert agreement == pytest.approx((root, root, (1 + root) / 2))
-    assert health.compare(first, first * 3) == pytest.approx((0, 1, 1))
-    assert health.compare(np.zeros((1, 2)), first[:1]).min_cosine == 0
+    assert compare(first, first * 3) == pytest.approx((0, 1, 1))
+    assert compare(np.zeros((1, 2)), first[:1]).min_cosine == 0
 
 
 def test_bad_vectors_are_counted():
     vectors = np.array([[1, 0], [0, 0], [math.nan, 1], [1, -math.inf], [-1, 2]])
-    assert health.is_bad(vectors).tolist() == [False, True, True, True, False]
+    assert is_bad(vectors).tolist() == [False, True, True, True, False]
 
 
 def test_lengths_and_the_text_they_are_made_of():
-    assert health.row_lengths(100) == [16, 32, 64, 100]
-    assert health.row_lengths(64) == [16, 32, 64]
-    assert health.row_lengths(10) == [10]
-    assert health.cut_stream([0, 1, 2, 3, 4, 5], 3, 2) == ([[0, 1, 2], [3, 4, 5]], True)
-    assert health.cut_stream([0, 1, 2, 3], 3, 2) == ([[0, 1, 2], [2, 3, 0]], False)
-    groups = health.group_by_length(["a", "b", "c", "d"], [16, 17, 25, 1])
+    assert row_lengths(100) == [16, 32, 64, 100]
+    assert row_lengths(64) == [16, 32, 64]
+    assert row_lengths(10) == [10]
+    assert cut_stream([0, 1, 2, 3, 4, 5], 3, 2) == ([[0, 1, 2], [3, 4, 5]], True)
+    assert cut_stream([0, 1, 2, 3], 3, 2) == ([[0, 1, 2], [2, 3, 0]], False)
+    groups = group_by_length(["a", "b", "c", "d"], [16, 17, 25, 1])
     assert groups == {(1, 16): ["a", "d"], (17, 24): ["b"]}
 
 
 def test_checks_of_lengths():
     row = LengthHealth(16, norm=1.0, repeated=0.9, half=0.8, pairs=0.3, is_finite=True)
     longer = row._replace(num_tokens=32, norm=1.5, pairs=0.4)
-    assert [check.is_ok for check in health.check_lengths([row, longer])] == [True, True, True, True]
+    assert [check.is_ok for check in check_lengths([row, longer])] == [True, True, True, True]
     longer = longer._replace(norm=2.5, half=0.55, pairs=0.6)
-    assert [check.is_ok for check in health.check_lengths([row, longer])] == [False, True, False, False]
+    assert [check.is_ok for check in check_lengths([row, longer])] == [False, True, False, False]
     unknown = [row._replace(pairs=None), longer._replace(pairs=None, norm=1.0)]
-    assert [check.is_ok for check in health.check_lengths(unknown)] == [True, None, None, None]
-    assert health.check_lengths([row, longer._replace(norm=math.nan)])[0].is_ok is False
-    assert health.check_lengths([row, row._replace(is_finite=False)])[0].is_ok is False
+    assert [check.is_ok for check in check_lengths(unknown)] == [True, None, None, None]
+    assert check_lengths([row, longer._replace(norm=math.nan)])[0].is_ok is False
+    assert check_lengths([row, row._replace(is_finite=False)])[0].is_ok is False
 
 
 def test_lower_precision_is_judged_by_cosines():
     agreement = Agreement(max_difference=0.01, min_cosine=0.995, mean_cosine=0.999)
-    assert health.check_agreement("", agreement, is_exact=True).is_ok is False
-    assert health.check_agreement("", agreement, is_exact=False).is_ok is True
-    assert health.check_agreement("", agreement._replace(min_cosine=math.nan), is_exact=False).is_ok is False
+    assert check_agreement("", agreement, is_exact=True).is_ok is False
+    assert check_agreement("", agreement, is_exact=False).is_ok is True
+    assert check_agreement("", agreement._replace(min_cosine=math.nan), is_exact=False).is_ok is False
 
 
 # ---- models
@@ -237,12 +259,12 @@ def test_odd_inputs_are_judged():
         "changes from call to call": lambda texts: np.full((1, 2), next(calls)),
     }
     for expected, encode in cases.items():
-        assert health.judge_input(encode, "") == expected
+        assert judge_input(encode, "") == expected
 
     def refuse(texts: list[str]) -> np.ndarray:
         raise IndexError("no tokens")
 
-    assert health.judge_input(refuse, "") == "refused: IndexError: no tokens"
+    assert judge_input(refuse, "") == "refused: IndexError: no tokens"
 
 
 def test_the_model_is_left_as_it_was(make_model):
@@ -283,10 +305,10 @@ def test_padding_side_is_restored_after_an_error(break_model):
 def test_a_copy_is_what_a_load_in_bfloat16_gives(make_model):
     """Base in bfloat16, LoRA in float32, buffers as they were, and one set of weights for base and adapter."""
     model = make_model(freeze_base=True)
-    cast = health.cast_copy(model, torch.bfloat16)
+    cast = cast_copy(model, torch.bfloat16)
     loaded = make_model(freeze_base=True, model_kwargs={"dtype": "bfloat16"})
     loaded[0].load_state_dict(model[0].state_dict())
-    assert health.weights_dtype(cast) == torch.bfloat16
+    assert weights_dtype(cast) == torch.bfloat16
     assert {weight.dtype for name, weight in cast.named_parameters() if "lora_" in name} == {torch.float32}
     assert {buffer.dtype for buffer in cast.buffers() if buffer.is_floating_point()} == {torch.float32}
     shared = {id(weight) for weight in cast[0].model.parameters()}
@@ -319,20 +341,20 @@ def test_prompts_are_part_of_every_text(make_model):
     result = measure(model)
     assert result.isotropy.mean_cosine != without["isotropy"]["mean_cosine"]
     assert measure(model, prompt="").to_dict() == without  # to the last digit
-    cosines = health.pair_cosines(model.encode([prompt + text for text in set(TEXTS)], prompt="").astype(float))
+    cosines = pair_cosines(model.encode([prompt + text for text in set(TEXTS)], prompt="").astype(float))
     assert result.isotropy.mean_cosine == pytest.approx(cosines.mean(), abs=1e-5)
 
 
 def test_another_seed_draws_other_texts():
     texts = [f"text {index}" for index in range(40)]
-    drawn = [health.choose_texts(texts, 20, seed) for seed in (0, 0, 1)]
+    drawn = [choose_texts(texts, 20, seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 20
 
 
 def test_texts_of_equal_length_are_mixed():
     texts = [f"word {index:02d} and more" for index in range(6)]
-    mixed = health.mix_lengths(texts)
+    mixed = mix_lengths(texts)
     assert mixed[0] == texts[0][:8]
     assert mixed[1] == texts[1]
     assert mixed[5] == f"{texts[5]} {texts[0]}"

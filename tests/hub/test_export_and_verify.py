@@ -504,7 +504,9 @@ def test_a_tokenizer_that_stock_modules_would_misread_is_refused(make_base, tmp_
     with pytest.raises(ValueError, match="no special token to pad with"):
         hub.export(build(base), tmp_path / "stock", format="stock")
     monkeypatch.setattr("gem_st.hub.stock.append_to_template", lambda processor, token, token_id: processor)
-    with pytest.raises(ValueError, match=r"cannot be appended by a post-processor .* gives \[0\], and should give \[0, 400\]"):
+    with pytest.raises(
+        ValueError, match=r"cannot be appended by a post-processor .* gives \[0\], and should give \[0, 400\]"
+    ):
         hub.export(build(make_base()), tmp_path / "stock", format="stock")
 
 
