@@ -234,6 +234,8 @@ def _save_adapter(gem: Any, folder: Path) -> None:
     config = copy.copy(model.peft_config[name])
     config.base_model_name_or_path = gem.get_config_dict().get("base_model_name_or_path")
     config.inference_mode = True
+    if isinstance(config.target_modules, set):  # which json would write in another order each time
+        config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
     matrices = [] if gem.freeze_base else gem.base.vocabulary_matrices()
     rows = [gem.gem_embeddings] if gem.freeze_base else [matrix[gem.gem_token_ids] for matrix in matrices]
