@@ -38,6 +38,8 @@ SOURCES = {
 CITATION = """
 @misc{gem2025,
     title = {GEM: Empowering LLM for both Embedding Generation and Language Understanding},
+    author = {Caojin Zhang and Qiang Zhang and Ke Li and Sai Vidyaranya Nuthalapati and Benyu Zhang and Jason Liu and
+        Serena Li and Lizhu Zhang and Xiangjun Fan},
     year = {2025},
     eprint = {2506.04344},
     archivePrefix = {arXiv},

@@ -24,8 +24,8 @@ from .contrastive import find_same_texts, info_nce, text_keys
 from .dataset_checks import check_dataset, warn_of_truncation
 from .next_token import check_output_head
 from .objective import RowObjective
-from .plan import RowPlan, check_tasks, default_token_dropout, plan_rows
-from .rows import NO_TARGET, check_columns, drop_tokens, join_row, split_rows, split_text, takes_pairs
+from .plan import RowPlan, check_tasks, check_views, default_token_dropout, plan_rows
+from .rows import NO_TARGET, check_columns, draw_crops, drop_tokens, join_row, split_rows, split_text, takes_pairs
 from .trainer_link import TrainerLink
 from .wrapped_loss import BackwardOf, give_embeddings_to, mini_batch_size_of
 
@@ -67,6 +67,9 @@ class GemLoss(nn.Module):
             (context and summary) or ``"soft_prompt"`` (prompt and answer). By default the last two where the columns
             of the trainer's data bear these names and there is no ``loss``, otherwise the first two; reconstruction
             alone beside labels.
+        views: Ways to make two views of a text, drawn evenly: ``"deletion"``, the text and the same with tokens deleted
+            (the paper's), or ``"crops"``, two spans of it, which teaches retrieval from longer texts (Contriever).
+            Texts of fewer than 16 tokens are not cropped.
         token_dropout: Share of tokens deleted for the second view of a text, in [0, 1). Defaults to 0.7, and beside a
             frozen base to 0.85.
         alpha: Weight of the contrastive part: a number in [0, 1], or a function of (optimizer step, last step).
@@ -138,6 +141,7 @@ class GemLoss(nn.Module):
         *,
         plain_ratio: float | None = None,
         tasks: Sequence[str] | None = None,
+        views: str | Sequence[str] = "deletion",
         token_dropout: float | None = None,
         alpha: float | Callable[[int, int], float] | None = None,
         scale: float | None = None,
@@ -154,6 +158,7 @@ class GemLoss(nn.Module):
         gem.train_in_float32()
         if tasks is not None:
             check_tasks(tasks)
+        self.views = check_views(views)
         if token_dropout is None:
             token_dropout = default_token_dropout(gem.freeze_base)
         if plain_ratio is not None:
@@ -327,14 +332,29 @@ class GemLoss(nn.Module):
         check_columns(plan.tasks, len(texts))
         if takes_pairs(plan.tasks):
             suffixes = [text[self.num_special :] for text in texts.pop()]
+        whole, crops = texts[0], None
+        if "crops" in self.views and len(texts) == 1 and suffixes is None and not has_labels:
+            texts[0], crops = self._draw_crops(whole, generator)
         rows, prefixes = self.build_rows([text for column in texts for text in column], generator, suffixes, plan)
         columns, size = [], len(texts[0])
         for start, features in zip(range(0, len(rows), size), sentence_features, strict=False):
             others = {name: value for name, value in features.items() if not isinstance(value, Tensor)}
             columns.append(_Column(rows[start : start + size], prefixes[start : start + size], others))
         if len(columns) == 1 and not has_labels:
-            columns.append(_Column(self.build_views(prefixes, generator), prefixes, columns[0].others))
+            views = self.build_views(prefixes, generator, crops)
+            columns.append(_Column(views, prefixes if crops is None else whole, columns[0].others))
         return columns
+
+    def _draw_crops(
+        self, texts: Sequence[Tensor], generator: torch.Generator | None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Two spans of each text whose views are crops; the text itself and None of the others."""
+        pairs: list[tuple[Tensor, Tensor | None]] = []
+        for text in texts:
+            view = self.views[int(torch.randint(len(self.views), (), generator=generator))]
+            spans = draw_crops(text, self.num_special, generator) if view == "crops" else None
+            pairs.append(spans or (text, None))
+        return [first for first, _ in pairs], [second for _, second in pairs]
 
     def _embed(self, columns: Sequence[_Column]) -> tuple[list[Tensor], Tensor, Tensor]:
         """Run all columns through the wrapped model, together but for those that a Router sends different ways.
@@ -446,18 +466,25 @@ class GemLoss(nn.Module):
         return rows, prefixes
 
     def build_views(
-        self, prefixes: Sequence[Tensor], generator: torch.Generator | None = None
+        self,
+        prefixes: Sequence[Tensor],
+        generator: torch.Generator | None = None,
+        crops: Sequence[Tensor | None] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Make the second view of each prefix: some tokens deleted, GEM tokens appended, no next-token targets.
 
         Args:
             prefixes: Token ids. Shape: ``(m_i,)`` each
             generator: Source of randomness; torch's global one by default.
+            crops: Second views that there are already, and None where tokens are to be deleted.
 
         Returns:
             Token ids and labels of each row, shape ``(at most m_i + K,)`` each.
         """
-        views = [drop_tokens(prefix, self.token_dropout, self.num_special, generator) for prefix in prefixes]
+        views = [
+            drop_tokens(prefix, self.token_dropout, self.num_special, generator) if given is None else given
+            for prefix, given in zip(prefixes, crops or [None] * len(prefixes), strict=True)
+        ]
         rows = [join_row(view, self._gem[0].gem_token_ids)[0] for view in views]
         return [(row, torch.full_like(row, NO_TARGET)) for row in rows]
 
@@ -479,6 +506,7 @@ class GemLoss(nn.Module):
         return {
             "plain_ratio": self._last_plan.plain_ratio,
             "tasks": list(self._last_plan.tasks),
+            **({} if self.views == ("deletion",) else {"views": list(self.views)}),
             "token_dropout": self.token_dropout,
             "alpha": alpha if isinstance(alpha := self._last_plan.alpha, float | int) else repr(alpha),
             **({} if self.inner is None else {"inner": type(self.inner).__name__}),

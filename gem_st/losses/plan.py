@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .rows import PAIR_TASKS, TASKS
+from .rows import PAIR_TASKS, TASKS, VIEWS
 from .schedules import AlphaSchedule
 
 DEFAULT_TASKS, WHOLE_TASKS = ("reconstruction", "continuation"), ("reconstruction",)
@@ -56,3 +56,15 @@ def check_tasks(tasks: Sequence[str]) -> None:
     known = sorted({*TASKS, *PAIR_TASKS})
     if isinstance(tasks, str) or not tasks or any(task not in known for task in tasks):
         raise ValueError(f"tasks must be some of {known}, got {tasks!r}.")
+
+
+def check_views(views: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of views, of which one may stand alone.
+
+    Raises:
+        ValueError: If one of them is not known.
+    """
+    names = (views,) if isinstance(views, str) else tuple(views)
+    if not names or not {*names} <= {*VIEWS}:
+        raise ValueError(f"views must be some of {list(VIEWS)}, got {views!r}.")
+    return names

@@ -196,6 +196,39 @@ def drop_tokens(row: Tensor, rate: float, num_special: int = 0, generator: torch
     return row[keep]
 
 
+VIEWS = ("deletion", "crops")
+"""Ways to make two views of one text."""
+
+MIN_CROPPED = 16
+"""Tokens of text from which it is cropped; shorter ones have tokens deleted."""
+
+
+def draw_crops(
+    row: Tensor, num_special: int = 0, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Two spans of a text, each of a tenth to a half of it at a random place; None if it is too short.
+
+    "Independent cropping" of Izacard et al. 2022, "Unsupervised Dense Information Retrieval with Contrastive Learning".
+
+    Args:
+        row: Token ids of a text, special tokens first. Shape: ``(T_i,)``
+        num_special: Special tokens at the start, which are kept.
+        generator: Source of randomness; torch's global one by default.
+
+    Returns:
+        Special tokens and span, twice. Shape: ``(at most T_i,)`` each
+    """
+    num = len(row) - num_special
+    if num < MIN_CROPPED:
+        return None
+    spans = []
+    for size_draw, place_draw in torch.rand(2, 2, generator=generator).tolist():
+        size = max(1, round(num * (0.1 + 0.4 * size_draw)))
+        start = num_special + int(place_draw * (num - size + 1))
+        spans.append(torch.cat([row[:num_special], row[start : start + size]]))
+    return spans[0], spans[1]
+
+
 def join_row(prefix: Tensor, gem_token_ids: Sequence[int], suffix: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Put ``prefix | GEM tokens | suffix`` together, with the next-token targets.
 

@@ -119,6 +119,7 @@ class TrainConfig:
         float | None, "p, share of plain rows; 0.8, frozen 1, or 0.5 for summary and soft_prompt."
     ] = None
     tasks: Annotated[list[str] | None, "reconstruction, continuation, or of two columns summary, soft_prompt."] = None
+    views: Annotated[list[str] | None, "deletion, the default, or crops, for retrieval of longer texts."] = None
     token_dropout: Annotated[float | None, "Share of tokens deleted for the second view; 0.7, frozen 0.85."] = None
     scale: Annotated[float | None, "Initial factor on cosine similarities; 20 in a new model."] = None
     alpha: Annotated[float | None, "Constant weight of the contrastive loss, instead of a schedule."] = None
@@ -361,6 +362,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 
 
 def _check_choices(config: TrainConfig) -> None:
+    from ..losses.plan import check_views
     from ..losses.rows import PAIR_TASKS, TASKS
 
     choices = {"mode": MODES, "pooling": POOLING, "precision": PRECISIONS, "dtype": (*DTYPES, None)}
@@ -371,6 +373,8 @@ def _check_choices(config: TrainConfig) -> None:
     tasks = sorted({*TASKS, *PAIR_TASKS})
     if unknown := [task for task in config.tasks or () if task not in tasks]:
         raise ValueError(f"There is no task {unknown[0]!r}, but {', '.join(tasks)}.")
+    if config.views is not None:
+        check_views(config.views)
 
 
 def _check_ranges(config: TrainConfig) -> None:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..cards.card_data import draw_mask
 from ..losses.dataset_checks import sample_rows
 from ..losses.next_token import LOGITS_BUDGET
-from ..losses.rows import drop_tokens, split_text, takes_pairs
+from ..losses.rows import draw_crops, drop_tokens, split_text, takes_pairs
 from ..modeling.gem_mask import GEM, PREFIX, SUFFIX
 from ..modeling.gem_text import count_around
 from .config import TrainConfig
@@ -132,13 +132,19 @@ def build_examples(
     special = count_around(tokenizer)[0]
     gem = [f"[GEM {index + 1}]" for index in range(config.num_gem_tokens)]
     shown: list[tuple[str, Segments]] = []
-    for row, kind in zip(rows, itertools.cycle(kinds)):
+    views = itertools.cycle(config.views or ["deletion"])
+    for row, kind, way in zip(rows, itertools.cycle(kinds), views):
         texts = [torch.tensor(tokenizer(row[name], truncation=True, max_length=limit)["input_ids"]) for name in columns]
         given = texts.pop()[special:] if has_pairs else None
+        spans = (
+            draw_crops(texts[0], special, generator) if way == "crops" and len(texts) == 1 and not has_pairs else None
+        )
+        if spans:
+            texts[0] = spans[0]
         prefix, suffix = split_text(kind, texts[0], given, limit, special, generator)
         shown.append((kind, _segments(tokenizer, prefix, gem, suffix)))
         if len(texts) == 1:
-            view = drop_tokens(prefix, config.token_dropout or 0.0, special, generator)
+            view = spans[1] if spans else drop_tokens(prefix, config.token_dropout or 0.0, special, generator)
             shown.append(("  second view", _segments(tokenizer, view, gem)))
         elif kind == "plain":
             names = zip(columns[1:], texts[1:], strict=True)

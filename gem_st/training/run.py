@@ -294,6 +294,7 @@ def loss_options(config: TrainConfig) -> dict[str, Any]:
     options = {
         "plain_ratio": config.plain_ratio,
         "tasks": config.tasks or None,
+        "views": config.views,
         "token_dropout": config.token_dropout,
         "alpha": alpha,
         "scale": config.scale,

@@ -16,6 +16,7 @@ from gem_st.losses.gem_loss import MAX_LOGIT_SCALE
 from gem_st.losses.objective import RowObjective
 from gem_st.losses.rows import (
     cut_continuation,
+    draw_crops,
     drop_tokens,
     fit_pair,
     join_row,
@@ -493,3 +494,42 @@ def test_data_sets_whose_names_mean_other_tasks_are_refused_where_these_are_not_
         loss([loss.model.preprocess(CORPUS[:2])] * 2)
     loss = link(sets, tasks=["reconstruction"])
     assert loss([loss.model.preprocess(CORPUS[:2])] * 2).isfinite()
+
+
+# ---- views
+
+
+def test_crops_are_spans_of_the_text_behind_its_special_tokens():
+    row = torch.tensor([0, *range(100, 200)])
+    generator = torch.Generator().manual_seed(0)
+    pairs = [draw_crops(row, 1, generator) for _ in range(200)]
+    lengths = []
+    for span in (span for pair in pairs for span in pair):
+        assert span[0] == 0
+        assert torch.equal(span[1:], torch.arange(int(span[1]), int(span[1]) + len(span) - 1))
+        lengths.append(len(span) - 1)
+    assert (min(lengths), max(lengths)) == (10, 50)
+    assert {int(span[1]) for pair in pairs for span in pair} >= {100}
+    assert sum(first[1] != second[1] for first, second in pairs) > 180  # drawn independently
+    assert draw_crops(row[:16], 1, generator) is None
+
+
+def test_cropped_texts_are_contrasted_with_each_other_and_short_ones_by_deletion(model):
+    torch.manual_seed(0)
+    loss = GemLoss(model, views=["crops"], token_dropout=0.5, plain_ratio=1.0, alpha=1.0)
+    gem_ids = torch.tensor(model[0].gem_token_ids)
+    num = len(gem_ids)
+    texts = [torch.tensor([0, *range(start, start + 60)]) for start in (100, 200)] + [torch.tensor([0, 10, 11, 12])]
+    rows = torch.nn.utils.rnn.pad_sequence([torch.cat([t, gem_ids]) for t in texts], True)
+    mask = torch.tensor([[1] * (len(t) + num) + [0] * (rows.shape[1] - len(t) - num) for t in texts])
+    first, second = loss._build_columns([{"input_ids": rows, "attention_mask": mask}], loss._plan(), False)
+    for index in (0, 1):
+        for ids, _ in (first.rows[index], second.rows[index]):
+            assert 7 <= len(ids) - num <= 31
+            assert set(ids[1:-num].tolist()) <= set(texts[index].tolist())
+        assert torch.equal(second.texts[index], texts[index])  # by which the same text is found again
+    assert first.rows[2][0][:-num].tolist() == [0, 10, 11, 12]
+    assert set(second.rows[2][0][1:-num].tolist()) <= {10, 11, 12}
+    assert loss.get_config_dict()["views"] == ["crops"]
+    with pytest.raises(ValueError, match=r"views must be some of \['deletion', 'crops'\], got 'crop'"):
+        GemLoss(model, views="crop")
