@@ -28,6 +28,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.training_args import BatchSamplers
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from stsb import read_held_out, sts_evaluator
 from transformers import set_seed
 
@@ -35,6 +36,7 @@ from gem_st import GemLoss, GemTransformer
 from gem_st.evaluation import perplexity
 from gem_st.evaluation.baselines import build_baseline
 from gem_st.training.measures import describe_versions
+from gem_st.training.teacher import NUM_FITTED, add_head, label_by_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -196,7 +198,13 @@ def build(args: argparse.Namespace, seed: int) -> SentenceTransformer:
 
 def train(model: SentenceTransformer, args: argparse.Namespace, seed: int) -> None:
     data = training_set(args.train, args.data, args.num_rows, seed)
-    loss = GemLoss(model, **args.loss)
+    options = dict(args.loss)
+    if args.teacher:
+        data = label_by_teacher(data, SentenceTransformer(resolve(args.teacher)))
+        head = data.select(range(NUM_FITTED))
+        add_head(model, list(head["text"]), torch.tensor(head["label"]))
+        options["loss"] = EmbedDistillLoss(model, distance_metric="cosine")
+    loss = GemLoss(model, **options)
     with tempfile.TemporaryDirectory() as folder:
         SentenceTransformerTrainer(
             model=model,
@@ -239,6 +247,16 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     for name, evaluator in evaluators(args.evaluate, args.data, args.split).items():
         metrics = evaluator(model)
         result[name] = round(metrics[evaluator.primary_metric], 4)
+    if args.teacher:
+        teacher = SentenceTransformer(resolve(args.teacher))
+        for name in ("titles", "cisi"):
+            if name in args.evaluate:
+                evaluator = evaluators([name], args.data, args.split)[name]
+                ndcg = [
+                    evaluator.compute_metrices(query_model, corpus_model=teacher)["cosine"]["ndcg@k"][10]
+                    for query_model in (model, teacher)
+                ]
+                result[f"{name}_in_teachers_index"] = [round(value, 4) for value in ndcg]
     if is_trained:
         ids = model[0].generate(PROMPT, max_new_tokens=8, do_sample=False)
         result["capital"] = ids
@@ -272,6 +290,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["dev", "test"], default="dev")
     parser.add_argument("--evaluate", nargs="+", default=["sts", "titles"])
     parser.add_argument("--save", help="folder for the checkpoint; the seed is added")
+    parser.add_argument("--teacher", help="a model whose space is learned")
     parser.add_argument("--note", default="")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")

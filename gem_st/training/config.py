@@ -64,6 +64,8 @@ EXCLUDED = {
     ("data", "self_generate"): "either data is read, or the base writes it.",
     ("steps", "epochs"): "each sets the length of the training.",
     ("resume", "overwrite"): "one goes on with a training, the other starts anew.",
+    ("teacher", "streaming"): "a teacher embeds all rows before the training.",
+    ("teacher", "scale"): "scale belongs to the contrastive loss, instead of which a teacher is followed.",
     ("self_generate", "columns"): "texts that the base writes have one column.",
     ("self_generate", "streaming"): "texts that the base writes are in memory.",
     ("self_generate", "num_rows"): "self_generate is the number of rows.",
@@ -99,6 +101,9 @@ class TrainConfig:
     eval_columns: Annotated[list[str] | None, "Its columns."] = None
     held_out: Annotated[int, "Rows of the data kept for the table before/after, at most a tenth."] = 256
 
+    teacher: Annotated[
+        str | None, "Embedder whose space is learned, so that its index can be searched: Hub id or folder."
+    ] = None
     mode: Annotated[str, "full (all weights), frozen (GEM tokens only), lora (every token) or qlora (4-bit base)."] = (
         "full"
     )

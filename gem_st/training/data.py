@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -47,6 +48,7 @@ class TrainData:
         held_out: Rows that are measured and not trained on, as dicts.
         eval_set: Rows for the trainer's evaluation loss, or None.
         graded_pairs: ``sentence1``, ``sentence2`` and ``score`` (in [0, 1]) of an evaluation set with a score, or None.
+        targets: A teacher's unit vectors of the first text of each row held out, or None. Shape: ``(N, D)``
     """
 
     train: Any
@@ -55,6 +57,7 @@ class TrainData:
     held_out: list[dict[str, str]]
     eval_set: Any = None
     graded_pairs: dict[str, list[Any]] | None = field(default=None, repr=False)
+    targets: Tensor | None = field(default=None, repr=False)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,10 @@ def measure(trainer: Any, loss: GemLoss, data: TrainData) -> dict[str, Any]:
         result |= measure_similarities(model, loss, [[row[name] for row in data.held_out] for name in columns])
         result["metrics"] |= result.pop("similarity_metrics")
         first = [row[data.columns[0]] for row in data.held_out]
+        if data.targets is not None:
+            vectors = encode(model, [row[data.columns[0]] for row in data.held_out])
+            near = torch.nn.functional.cosine_similarity(vectors, data.targets)
+            result["metrics"]["similarity to the teacher's vector, mean"] = near.mean().item()
         result["samples"] = reconstruct_samples(model[0], first[:NUM_SAMPLES])
         result["paragraph"] = write_paragraph(model[0], first[0])
     if data.eval_set is not None:
@@ -113,7 +117,7 @@ def encode_views(model: SentenceTransformer, loss: GemLoss, texts: Sequence[str]
     for start in range(0, len(rows), batch_size):
         features = loss.collate(rows[start : start + batch_size])
         batch = {name: features[name].to(gem.model.device) for name in ("input_ids", "attention_mask")}
-        vectors.append(gem(batch)["sentence_embedding"].float().cpu())
+        vectors.append(model(batch)["sentence_embedding"].float().cpu())
     model.train(was_training)
     return torch.nn.functional.normalize(torch.cat(vectors), dim=-1)
 

@@ -1,0 +1,87 @@
+"""Distillation: an LLM learns the space of another embedder, whose vectors it can then be compared with.
+
+The loss is Sentence Transformers' own (``EmbedDistillLoss``); here are the targets, and the head that maps from the
+width of the LLM to that of the teacher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+from torch import Tensor
+
+from .data import TrainData
+
+NUM_FITTED = 2048
+"""Texts that the head is fitted on before the training."""
+
+
+def label_by_teacher(dataset: Dataset, teacher: SentenceTransformer, batch_size: int = 128) -> Dataset:
+    """Add the teacher's unit vectors of each row's texts as the column ``label``.
+
+    Args:
+        dataset: Columns of texts.
+        teacher: Any model of Sentence Transformers.
+        batch_size: Texts in a forward pass of it.
+
+    Returns:
+        The data set; a label has shape ``(D,)`` for one column of texts, ``(C, D)`` for C of them.
+    """
+    names = list(dataset.column_names)
+    options: dict[str, Any] = {"batch_size": batch_size, "normalize_embeddings": True, "convert_to_tensor": True}
+    columns = [teacher.encode(list(dataset[name]), **options).float().cpu() for name in names]
+    labels = columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
+    return dataset.add_column("label", labels.tolist())
+
+
+def add_head(model: SentenceTransformer, texts: list[str], targets: Tensor, ridge: float = 1e-2) -> None:
+    """Append a linear head of the teacher's width to a model, and unit length.
+
+    The head starts as the ridge regression of the teacher's vectors on the model's.
+
+    Args:
+        model: A model of one module, a GemTransformer.
+        texts: Texts to fit on, more than the model's dimension.
+        targets: The teacher's vectors of them. Shape: ``(N, D)``
+        ridge: Added to the diagonal, as a share of the mean of its entries.
+    """
+    inputs = model.encode(texts, convert_to_tensor=True, show_progress_bar=False).double().cpu()
+    gram = inputs.T @ inputs
+    gram += torch.eye(len(gram), dtype=gram.dtype) * ridge * gram.diagonal().mean()
+    weight = torch.linalg.solve(gram, inputs.T @ targets.double()).T.float()
+    head = Dense(weight.shape[1], weight.shape[0], bias=False, activation_function=None, init_weight=weight)
+    for module in (head.to(model.device), Normalize()):
+        model.append(module)
+
+
+def follow_teacher(name: str, model: SentenceTransformer, data: TrainData) -> TrainData:
+    """Give a model a head for a teacher's space, and data its vectors.
+
+    Args:
+        name: Folder or Hub id of the teacher.
+        model: The model to be trained.
+        data: Its data, in memory.
+
+    Returns:
+        The data with targets.
+
+    Raises:
+        ValueError: If there are too few texts to fit the head on.
+    """
+    teacher = SentenceTransformer(name, device=str(model.device))
+    train = label_by_teacher(data.train, teacher)
+    num_texts, width = min(len(train), NUM_FITTED), model.get_embedding_dimension() or 0
+    if num_texts <= width:
+        raise ValueError(f"A head from {width} dimensions cannot be fitted on {num_texts} rows. Train on more.")
+    fitted = train.select(range(num_texts))
+    labels = torch.tensor(fitted["label"]).float()
+    add_head(model, list(fitted[data.columns[0]]), labels if labels.dim() == 2 else labels[:, 0])
+    eval_set = None if data.eval_set is None else label_by_teacher(data.eval_set, teacher)
+    first = [row[data.columns[0]] for row in data.held_out]
+    targets = teacher.encode(first, normalize_embeddings=True, convert_to_tensor=True).float().cpu() if first else None
+    return dataclasses.replace(data, train=train, eval_set=eval_set, targets=targets)

@@ -1,0 +1,85 @@
+"""Distillation: targets, the head, and a training that follows a teacher."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
+
+from gem_st.evaluation.baselines import build_baseline
+from gem_st.training.config import load_config
+from gem_st.training.run import train
+from gem_st.training.teacher import add_head, follow_teacher, label_by_teacher
+
+from ..conftest import CORPUS
+
+TEXTS = [f"{text[:-1]}, number {index}." for index in range(12) for text in CORPUS]
+
+
+@pytest.fixture
+def teacher(make_base, tmp_path) -> SentenceTransformer:
+    """An embedder of 48 dimensions, which the students do not have."""
+    torch.manual_seed(1)
+    model = build_baseline("mean", str(make_base()))
+    model.append(Dense(32, 48, activation_function=None))
+    model.save_pretrained(str(tmp_path / "teacher"))
+    return SentenceTransformer(str(tmp_path / "teacher"), device="cpu")
+
+
+def test_labels_are_the_teachers_unit_vectors(teacher):
+    one = label_by_teacher(Dataset.from_dict({"text": CORPUS}), teacher)
+    expected = teacher.encode(CORPUS, normalize_embeddings=True)
+    np.testing.assert_allclose(np.array(one["label"]), expected, atol=1e-6)
+    two = label_by_teacher(Dataset.from_dict({"anchor": CORPUS, "positive": CORPUS[::-1]}), teacher)
+    np.testing.assert_allclose(np.array(two["label"]), np.stack([expected, expected[::-1]], 1), atol=1e-6)
+
+
+def test_the_head_starts_as_the_regression_of_one_space_on_the_other(make_model):
+    model = make_model(num_gem_tokens=2)
+    mapped = model.encode(TEXTS, convert_to_tensor=True) @ torch.randn(
+        32, 48, generator=torch.Generator().manual_seed(0)
+    )
+    targets = torch.nn.functional.normalize(mapped, dim=-1)
+    add_head(model, TEXTS[:64], targets[:64], ridge=1e-9)
+    vectors = model.encode(TEXTS[64:], convert_to_tensor=True)
+    assert vectors.shape == (len(TEXTS) - 64, 48)
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(len(vectors)))
+    assert torch.nn.functional.cosine_similarity(vectors, targets[64:]).min() > 0.99
+
+
+@pytest.mark.parametrize("columns", [["text"], ["anchor", "positive"]])
+def test_a_training_follows_the_teacher(make_base, teacher, tmp_path, columns):
+    Dataset.from_dict(dict(zip(columns, (TEXTS, TEXTS[::-1]), strict=False))).to_json(str(tmp_path / "data.jsonl"))
+    config = load_config(
+        base=make_base(),
+        data=tmp_path / "data.jsonl",
+        output=tmp_path / "out",
+        teacher=tmp_path / "teacher",
+        mode="frozen",
+        steps=12,
+        batch_size=16,
+        learning_rate=2e-5,
+        held_out=8,
+        precision="float32",
+        training_arguments={"use_cpu": True, "disable_tqdm": True},
+    )
+    result = train(config)
+    name = "similarity to the teacher's vector, mean"
+    assert result.before[name] < result.after[name] < 1.001
+    student = SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    queries, index = student.encode(TEXTS[:8]), teacher.encode(TEXTS[:8], normalize_embeddings=True)
+    assert queries.shape == index.shape == (8, 48)
+    assert (queries * index).sum(1).mean() > result.before[name]
+
+
+def test_what_a_teacher_needs_is_said(make_base, make_model, teacher, tmp_path):
+    with pytest.raises(ValueError, match="a teacher embeds all rows before the training"):
+        load_config(base=make_base(), data=tmp_path, teacher=tmp_path, streaming=True, steps=2).check()
+    from gem_st.training.data import TrainData
+
+    data = TrainData(Dataset.from_dict({"text": CORPUS}), ["text"], len(CORPUS), [])
+    with pytest.raises(ValueError, match="A head from 32 dimensions cannot be fitted on 8 rows"):
+        follow_teacher(str(tmp_path / "teacher"), make_model(), data)
