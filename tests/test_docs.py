@@ -136,11 +136,17 @@ def test_a_base_from_a_folder_of_text_writes_text_for_itself(tmp_path, run_pytho
 
 
 @pytest.mark.slow
-def test_the_demo_runs_to_its_end(tmp_path, run_python):
+def test_the_demo_runs_to_its_end_without_a_network(tmp_path, run_python, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("GEM_ST_MODELS", str(tmp_path / "models"))
     output = run_python(ROOT / "examples/demo.py", "--steps", 4, "--batch-size", 8, "--output", "out")
+    assert "cannot be downloaded" in output
+    assert "The small model of this repository is trained instead." in output
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    base, full, frozen = results["scores"].values()
-    assert set(base) == set(full) == set(frozen)
+    assert results["settings"]["base"] == "base-8m"
+    base, echo, full, frozen = results["scores"].values()
+    assert set(base) == set(echo) == set(full) == set(frozen)
+    assert [answer["tokens_not_read_again"] > 20 for answer in results["answers"]] == [True] * 3
     assert len(base) == 3
     perplexity = "perplexity of held-out text"
     assert frozen[perplexity] == base[perplexity] != full[perplexity]
