@@ -138,7 +138,7 @@ def choose_settings(args: argparse.Namespace, name: str) -> Settings:
             steps=150,
             dtype=fastest_dtype(),
         )
-    given = {name: getattr(args, name) for name in ("num_gem_tokens", "steps", "learning_rate")}
+    given = {name: getattr(args, name) for name in ("modes", "num_gem_tokens", "steps", "learning_rate")}
     return dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -238,7 +238,7 @@ def time_step(model: SentenceTransformer, settings: Settings, dataset: Dataset) 
     return time.perf_counter() - start
 
 
-def train(model: SentenceTransformer, settings: Settings, folder: Path) -> list[dict]:
+def train(model: SentenceTransformer, settings: Settings, mode: str, folder: Path) -> list[dict]:
     """Train on what the base wrote, or go on with it; returns the trainer's log."""
     asked = json.dumps(dataclasses.asdict(settings))
     written = folder / "settings.json"
@@ -257,6 +257,7 @@ def train(model: SentenceTransformer, settings: Settings, folder: Path) -> list[
         save_steps=25,
         save_total_limit=1,
         report_to="none",
+        bf16=mode == "full" and settings.dtype == "bfloat16",
         seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
     )
@@ -348,6 +349,9 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--minutes", type=float, default=8, help="of training, at most")
+    parser.add_argument(
+        "--modes", nargs="+", choices=["full", "frozen"], help="both for a small base, otherwise frozen"
+    )
     parser.add_argument("--num-gem-tokens", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -361,7 +365,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     try:
         settings = choose_settings(args, args.base)
-        if len(settings.modes) == 1:
+        if settings.data != "train.txt":
             settings = plan(settings, args.minutes)
     except (OSError, ImportError) as error:  # no network, or a slow machine
         if args.base != parser.get_default("base"):
@@ -383,7 +387,7 @@ def main() -> None:
         model = build(settings, mode)
         for name, evaluator in evaluators.items():
             model.model_card_data.set_base_metrics(evaluator, base_metrics[name])
-        logs[mode] = train(model, settings, args.output / "trainer" / mode)
+        logs[mode] = train(model, settings, mode, args.output / "trainer" / mode)
         scores = main_scores({name: evaluator(model) for name, evaluator in evaluators.items()}, evaluators)
         if not all(math.isfinite(value) for value in scores.values()):
             raise SystemExit(f"Training diverged: {scores}. Lower the learning rate.")
@@ -392,9 +396,10 @@ def main() -> None:
 
     draw_report(columns, models, args.output / "report.png")
     print_table(columns)
-    same = plain.generate(PROMPT, **PARAGRAPH) == models["GEM, frozen"][0].generate(PROMPT, **PARAGRAPH)
-    print(f"\nThe frozen base writes {'the same' if same else 'ANOTHER'} paragraph as before training.")
-    answers = answer_questions(models["GEM, frozen"])
+    if "frozen" in settings.modes:
+        same = plain.generate(PROMPT, **PARAGRAPH) == models["GEM, frozen"][0].generate(PROMPT, **PARAGRAPH)
+        print(f"\nThe frozen base writes {'the same' if same else 'ANOTHER'} paragraph as before training.")
+    answers = answer_questions(models[f"GEM, {settings.modes[-1]}"])
     for found in answers:
         print(
             f"\nQuestion: {found['question']}\n  found:    {found['passage'][:100]}...\n  answered: {found['answer']}"
