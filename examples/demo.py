@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from datasets import Dataset
 from models import resolve
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.base.training_args import BatchSamplers
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
@@ -130,7 +132,7 @@ def choose_settings(args: argparse.Namespace, name: str) -> Settings:
         chosen = Settings(
             **common,
             modes=("frozen",),
-            data="pairs.jsonl",
+            data="written.jsonl",
             num_gem_tokens=1,
             lora_rank=8,
             learning_rate=5e-4,
@@ -216,26 +218,30 @@ def build(settings: Settings, mode: str) -> SentenceTransformer:
     return SentenceTransformer(modules=[gem], model_card_data=card)
 
 
-def read_training_set(settings: Settings) -> Dataset:
-    """Texts, or questions and the passages that answer them."""
+def read_training_set(settings: Settings) -> Dataset | dict[str, Dataset]:
+    """Sentences; or subjects with the passages on them, and the passages' sentences."""
     path = DATA / settings.data
     if path.suffix == ".txt":
         return Dataset.from_dict({"text": path.read_text(encoding="utf-8").splitlines()})
     rows = read_jsonl(path)
-    return Dataset.from_dict(
-        {name: [row[key] for row in rows] for name, key in (("anchor", "question"), ("positive", "passage"))}
-    )
+    sentences = [part for row in rows for part in re.split(r"(?<=[.?!])\s+", row["passage"]) if len(part.split()) > 4]
+    pairs = {"anchor": [row["subject"] for row in rows], "positive": [row["passage"] for row in rows]}
+    return {"pairs": Dataset.from_dict(pairs), "sentences": Dataset.from_dict({"text": sorted({*sentences})})}
 
 
-def time_step(model: SentenceTransformer, settings: Settings, dataset: Dataset) -> float:
-    """Seconds of one training step; weights stay as they are."""
-    loss = GemLoss(model, alpha=0.5)
-    rows = dataset.select(range(settings.batch_size))
-    for _ in range(2):  # the first one warms up
-        start = time.perf_counter()
-        loss([model.preprocess(rows[name]) for name in dataset.column_names]).backward()
+def time_step(model: SentenceTransformer, settings: Settings) -> float:
+    """Seconds of one training step, over the data sets; weights stay as they are."""
+    datasets, loss, total = read_training_set(settings), GemLoss(model, alpha=0.5), 0.0
+    parts = datasets.values() if isinstance(datasets, dict) else [datasets]
+    num_rows = sum(len(part) for part in parts)
+    for part in parts:
+        rows = part.select(range(settings.batch_size))
+        for _ in range(2):  # the first one warms up
+            start = time.perf_counter()
+            loss([model.preprocess(list(rows[name])) for name in part.column_names]).backward()
+        total += (time.perf_counter() - start) * len(part) / num_rows
     model.zero_grad()
-    return time.perf_counter() - start
+    return total
 
 
 def train(model: SentenceTransformer, settings: Settings, mode: str, folder: Path) -> list[dict]:
@@ -257,6 +263,7 @@ def train(model: SentenceTransformer, settings: Settings, mode: str, folder: Pat
         save_steps=25,
         save_total_limit=1,
         report_to="none",
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
         bf16=mode == "full" and settings.dtype == "bfloat16",
         seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
@@ -333,7 +340,7 @@ def plan(settings: Settings, minutes: float) -> Settings:
         TimeoutError: If so few would be left that nothing is learned.
     """
     model = build(settings, settings.modes[-1])
-    seconds = time_step(model, settings, read_training_set(settings))
+    seconds = time_step(model, settings)
     steps = min(settings.steps, int(60 * minutes / seconds))
     if steps < min(MIN_STEPS, settings.steps):
         raise TimeoutError(f"A step takes {seconds:.0f} s, so that {MIN_STEPS} take more than {minutes:g} minutes.")

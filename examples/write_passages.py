@@ -1,8 +1,9 @@
-"""Let an instruction-tuned model write its own training pairs: a passage on a topic, and a question that it answers.
+"""Let an instruction-tuned model write its own training pairs: subjects, and a passage on each.
 
-    python examples/write_pairs.py --base smollm2-135m-instruct --num 3000 --output examples/data/pairs.jsonl
+    python examples/write_passages.py --base smollm2-135m-instruct --num 2400 --output examples/data/written.jsonl
 
-made the pairs that the demo trains on: GEM needs no data set to start from, and neither does retrieval.
+made what the demo trains on: GEM needs no data set to start from. A subject is a short query, its passage the positive;
+sentences of the passages teach similarity of sentences.
 """
 
 from __future__ import annotations
@@ -49,8 +50,7 @@ ASPECTS = (
     "advice for beginners on {}",
     "how {} works",
 )
-PASSAGE = "Write a short paragraph of two or three sentences about {}. Do not write a title."
-QUESTION = "{}\n\nWrite one short question that the text above answers. Write only the question."
+PROMPT = "Write a short paragraph of two or three sentences about {}. Do not write a title."
 
 
 def subjects(num: int, seed: int) -> list[str]:
@@ -61,26 +61,22 @@ def subjects(num: int, seed: int) -> list[str]:
     return [found[index % len(found)] for index in range(num)]
 
 
-def answer(model, tokenizer, prompts: list[str], max_new_tokens: int, **options) -> list[str]:
-    """What a model says to each prompt; empty where it does not come to an end of a sentence."""
+def write(model, tokenizer, prompts: list[str], **options) -> list[str]:
+    """What a model says to each prompt, up to the end of its last whole sentence; empty where there is none."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     rows = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    output = model.generate(**rows, max_new_tokens=max_new_tokens, **options)
+    output = model.generate(**rows, **options)
     texts = tokenizer.batch_decode(output[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
-    found = []
-    for text in texts:
-        text = " ".join(text.split()).strip('"')
-        end = max(text.rfind(mark) for mark in ".?!") + 1
-        found.append(text[:end])
-    return found
+    texts = [" ".join(text.split()) for text in texts]
+    return [text[: max(text.rfind(mark) for mark in ".?!") + 1] for text in texts]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2-135m-instruct")
-    parser.add_argument("--num", type=int, default=3000)
+    parser.add_argument("--num", type=int, default=2400)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8)
@@ -91,18 +87,16 @@ def main() -> None:
     set_seed(args.seed)
     base = resolve(args.base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=args.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    options = {"do_sample": True, "temperature": args.temperature, "top_p": 0.95}
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+    options = {"max_new_tokens": 72, "do_sample": True, "temperature": args.temperature, "top_p": 0.95}
     wanted = subjects(args.num, args.seed)
     with open(args.output, "w", encoding="utf-8") as file:
         for start in tqdm(range(0, args.num, args.batch_size), unit="batch"):
             batch = wanted[start : start + args.batch_size]
-            passages = answer(model, tokenizer, [PASSAGE.format(subject) for subject in batch], 72, **options)
-            questions = answer(model, tokenizer, [QUESTION.format(passage) for passage in passages], 24)
-            for passage, question in zip(passages, questions, strict=True):
-                is_whole = len(passage.split()) > 12 and question.endswith("?") and 4 < len(question.split()) < 25
-                if is_whole and passage.isascii() and question.isascii():
-                    file.write(json.dumps({"question": question, "passage": passage}) + "\n")
+            passages = write(model, tokenizer, [PROMPT.format(subject) for subject in batch], **options)
+            for subject, passage in zip(batch, passages, strict=True):
+                if len(passage.split()) > 12 and passage.isascii():
+                    file.write(json.dumps({"subject": subject, "passage": passage}) + "\n")
             file.flush()
 
 
