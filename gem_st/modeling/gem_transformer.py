@@ -270,10 +270,13 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         rows = Rows.of(features["input_ids"], features["attention_mask"], self.gem_token_ids)
         objective = features.pop("objective", None)
         if objective is not None:
-            return {**features, **objective(self, rows)}
-        states = self.embedder.states(rows)
-        features["sentence_embedding"] = self.gem_tokens.pool(states, rows.segments)
-        features["token_embeddings"] = rows.restore(states)
+            features = {**features, **objective(self, rows)}
+        else:
+            states = self.embedder.states(rows)
+            features["sentence_embedding"] = self.gem_tokens.pool(states, rows.segments)
+            features["token_embeddings"] = rows.restore(states)
+        # Modules behind this one have the data type of its first parameter: Sentence Transformers casts them to it.
+        features["sentence_embedding"] = features["sentence_embedding"].to(self.logit_scale.dtype)
         return features
 
     # ---- checkpoints

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.modules import Dense
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
@@ -224,3 +225,22 @@ def test_an_export_is_compared_in_the_data_type_that_it_is_written_in(make_model
     expected = load_file(tmp_path / "export" / "gem_reference.safetensors")["embeddings"]
     vectors = load(tmp_path / "export").encode(REFERENCE_TEXTS, convert_to_tensor=True).float()
     torch.testing.assert_close(vectors, expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("freeze_base", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_modules_behind_it_are_of_the_data_type_of_its_embeddings(make_model, tmp_path, freeze_base, dtype):
+    """Sentence Transformers casts them to that of the first parameter, which is in float32 beside bfloat16 weights."""
+    model = make_model(freeze_base=freeze_base, model_kwargs={"dtype": dtype})
+    model.append(Dense(32, 8, activation_function=None))
+    expected = model.encode(CORPUS, convert_to_tensor=True)
+    loss = GemLoss(model, alpha=0.5)
+    loss([model.preprocess(CORPUS)]).backward()
+    assert model[1].linear.weight.grad.norm() > 0
+    model.save_pretrained(str(tmp_path / "model"))
+    loaded = SentenceTransformer(
+        str(tmp_path / "model"), trust_remote_code=True, device="cpu", model_kwargs={"dtype": dtype}
+    )
+    torch.testing.assert_close(loaded.encode(CORPUS, convert_to_tensor=True), expected, atol=2e-2, rtol=2e-2)
+    loaded.bfloat16()
+    assert loaded.encode(CORPUS, convert_to_tensor=True).dtype == torch.bfloat16
