@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
-from .conftest import BASE_8M, CORPUS, ROOT
+from .conftest import BASE_8M, ROOT
+from .hub.hub_server import HubServer
+from .modeling.test_gem_generator import CHAT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -27,16 +29,16 @@ def run_python(python, tmp_path) -> Callable[..., str]:
     return run
 
 
-def test_the_snippet_of_the_readme_runs(make_base, tmp_path, run_python):
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 2
-    code = "\n".join(blocks).replace("meta-llama/Llama-3.2-1B", str(make_base()))
-    code = code.replace("max_steps=1000, bf16=True", "max_steps=2").replace("max_steps=1000", "max_steps=2")
-    assert "max_steps=2" in code
-    (tmp_path / "wiki.txt").write_text("\n".join(CORPUS))
-    (tmp_path / "readme.py").write_text(code)
-    run_python("readme.py")
-    assert (tmp_path / "gem-llama-1b" / "gem_st.py").exists()
+def test_the_snippets_of_the_readme_run_as_they_stand(make_base, tmp_path, python):
+    """In a clone, with a small model under the name of the large one on a server of the Hub's protocol."""
+    files = make_base(chat_template=CHAT).iterdir()
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "readme.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)))
+    with HubServer({}, orgs={}) as server:
+        server.seed("HuggingFaceTB/SmolLM2-135M-Instruct", {path.name: path.read_bytes() for path in files})
+        done = python.run("readme.py", env=server.env(tmp_path / "home", token=None), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "gem-smollm2" / "gem_st.py").exists()
 
 
 def test_the_snippets_of_the_frozen_base_run(make_base, tmp_path, run_python):
