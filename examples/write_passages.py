@@ -1,6 +1,6 @@
 """Let an instruction-tuned model write its own training pairs: subjects, and a passage on each.
 
-    python examples/write_passages.py --base smollm2-135m-instruct --num 2400 --output examples/data/written.jsonl
+    python examples/write_passages.py --base smollm2-135m-instruct --num 1536 --output examples/data/written.jsonl
 
 made what the demo trains on: GEM needs no data set to start from. A subject is a short query, its passage the positive;
 sentences of the passages teach similarity of sentences.
@@ -76,7 +76,7 @@ def write(model, tokenizer, prompts: list[str], **options) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2-135m-instruct")
-    parser.add_argument("--num", type=int, default=2400)
+    parser.add_argument("--num", type=int, default=1536, help="subjects")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8)
