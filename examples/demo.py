@@ -67,8 +67,8 @@ PARAGRAPH = {"max_new_tokens": 60, "do_sample": False, "repetition_penalty": 1.3
 ANSWER = {"max_new_tokens": 60, "do_sample": False}
 QUESTIONS = [
     "How long should I knead the dough?",
-    "What should I feed a puppy?",
-    "How do I get rid of mould in a bedroom?",
+    "How do I house train a new puppy?",
+    "Where do the dark patches of mould in my bedroom come from?",
 ]
 SENTENCES = [
     *("A dog runs across the field.", "The puppy chases a ball on the grass.", "Our dog likes to play outside."),
@@ -314,8 +314,8 @@ def draw_report(columns: dict[str, dict[str, float]], models: dict[str, Sentence
         bars = axes[0].bar(places, [scores[measure] for measure in measures], width, label=name)
         axes[0].bar_label(bars, fmt="%.2f", fontsize=11)
     axes[0].set_xticks([place + 0.4 - width / 2 for place in range(len(measures))], measures, fontsize=12)
-    axes[0].set(ylim=(0, 1))
-    axes[0].legend(loc="upper right", fontsize=11)
+    axes[0].set(ylim=(0, 1.35), yticks=[0, 0.25, 0.5, 0.75, 1])
+    axes[0].legend(loc="upper left", fontsize=11)
     for axis, (name, model) in zip(axes[1:], models.items(), strict=True):
         vectors = model.encode(SENTENCES, convert_to_tensor=True, normalize_embeddings=True).float()
         axis.imshow((vectors @ vectors.T).cpu(), vmin=0, vmax=1, cmap="viridis")
@@ -355,7 +355,7 @@ def main() -> None:
         "--base", default="smollm2-135m-instruct", help="base-8m, a name of models.py, a folder or Hub id"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--minutes", type=float, default=8, help="of training, at most")
+    parser.add_argument("--minutes", type=float, default=6, help="of training, at most")
     parser.add_argument(
         "--modes", nargs="+", choices=["full", "frozen"], help="both for a small base, otherwise frozen"
     )

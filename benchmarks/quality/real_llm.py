@@ -40,6 +40,7 @@ from gem_st.training.teacher import NUM_FITTED, add_head, label_by_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
+from demo import build_evaluators  # noqa: E402
 from models import resolve  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results") / "real_llm.jsonl"
@@ -167,6 +168,8 @@ def evaluators(names: list[str], data: Path, split: str) -> dict[str, Any]:
         "sts": lambda: sts_evaluator(data, split),
         "titles": lambda: titles_evaluator(data),
         "cisi": lambda: cisi_evaluator(data),
+        "demo similarity": lambda: build_evaluators()["similarity (Spearman)"],
+        "demo retrieval": lambda: build_evaluators()["retrieval (nDCG@10)"],
     }
     return {name: makers[name]() for name in names}
 
