@@ -213,7 +213,8 @@ def test_what_is_trained_stays_in_float32_beside_a_base_in_bfloat16(make_model, 
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     GemLoss(model, alpha=1.0)
     assert "lost to rounding" not in warnings_of_transformers.text
-    assert model.encode(TEXTS, convert_to_tensor=True).dtype == torch.bfloat16
+    assert model.encode(TEXTS, convert_to_tensor=True).dtype == torch.float32
+    assert model[0].embed(model[0].prefill(TEXTS)).dtype == torch.float32
 
 
 def test_defaults_of_the_loss_beside_a_frozen_base(make_model, tmp_path):
