@@ -57,7 +57,7 @@ DATA = EXAMPLES / "data"
 SMALL = 50_000_000
 """Parameters up to which a base is trained on short sentences, in float32 and both modes."""
 
-MIN_STEPS = 40
+MIN_STEPS = 30
 """Steps below which a real LLM learns too little."""
 
 SMALL_BASE = "base-8m"
@@ -93,7 +93,7 @@ class Settings:
     """What is trained, and how."""
 
     base: str
-    modes: tuple[str, ...]
+    modes: list[str]
     data: str
     num_gem_tokens: int
     lora_rank: int
@@ -119,7 +119,7 @@ def choose_settings(args: argparse.Namespace, name: str) -> Settings:
     if num_parameters < SMALL:
         chosen = Settings(
             **common,
-            modes=("full", "frozen"),
+            modes=["full", "frozen"],
             data="train.txt",
             num_gem_tokens=4,
             lora_rank=32,
@@ -131,7 +131,7 @@ def choose_settings(args: argparse.Namespace, name: str) -> Settings:
     else:
         chosen = Settings(
             **common,
-            modes=("frozen",),
+            modes=["frozen"],
             data="written.jsonl",
             num_gem_tokens=1,
             lora_rank=8,
@@ -333,12 +333,19 @@ def print_table(columns: dict[str, dict[str, float]]) -> None:
         print(f"{row:<28}" + "".join(f"{values[row]:>20.3f}" for values in columns.values()))
 
 
-def plan(settings: Settings, minutes: float) -> Settings:
+def plan(settings: Settings, minutes: float, started: Path) -> Settings:
     """Say how long it will take, after one step; fewer steps where it would be longer than asked.
+
+    A training that was killed has as many steps as it was started with, which its ``started`` file holds.
 
     Raises:
         TimeoutError: If so few would be left that nothing is learned.
     """
+    if started.exists():
+        steps = json.loads(started.read_text())["steps"]
+        if json.loads(started.read_text()) == dataclasses.asdict(dataclasses.replace(settings, steps=steps)):
+            print(f"Goes on with {steps} steps of training in {started.parent}.", flush=True)
+            return dataclasses.replace(settings, steps=steps)
     model = build(settings, settings.modes[-1])
     seconds = time_step(model, settings)
     steps = min(settings.steps, int(60 * minutes / seconds))
@@ -373,7 +380,8 @@ def main() -> None:
     try:
         settings = choose_settings(args, args.base)
         if settings.data != "train.txt":
-            settings = plan(settings, args.minutes)
+            started = args.output / "trainer" / settings.modes[0] / "settings.json"
+            settings = plan(settings, args.minutes, started)
     except (OSError, ImportError) as error:  # no network, or a slow machine
         if args.base != parser.get_default("base"):
             raise SystemExit(str(error)) from error
@@ -429,6 +437,7 @@ def main() -> None:
         "hardware": describe_hardware(),
         "seconds": round(time.perf_counter() - start),
     }
+    shutil.rmtree(args.output / "trainer")  # from which a killed demo goes on
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     folders = "".join(f"{mode}/, " for mode in settings.modes)
     print(f"\n{results['seconds']} s. Written to {args.output}: {folders}report.png, results.json")
