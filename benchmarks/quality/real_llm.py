@@ -29,6 +29,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.base.training_args import BatchSamplers
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
+from sentence_transformers.util import cos_sim
 from stsb import read_held_out, sts_evaluator
 from transformers import set_seed
 
@@ -152,6 +153,7 @@ def titles_evaluator(data: Path, num: int = 400) -> InformationRetrievalEvaluato
         {key: title for key, (title, _) in corpus.items()},
         {key: text for key, (_, text) in corpus.items()},
         {key: {key} for key in corpus},
+        score_functions={"cosine": cos_sim},
         main_score_function="cosine",
         batch_size=32,
     )
@@ -160,7 +162,8 @@ def titles_evaluator(data: Path, num: int = 400) -> InformationRetrievalEvaluato
 def cisi_evaluator(data: Path) -> InformationRetrievalEvaluator:
     corpus, queries, relevant = cisi(data)
     texts = {key: f"{title}. {text}" for key, (title, text) in corpus.items()}
-    return InformationRetrievalEvaluator(queries, texts, relevant, main_score_function="cosine", batch_size=32)
+    options = {"score_functions": {"cosine": cos_sim}, "main_score_function": "cosine", "batch_size": 32}
+    return InformationRetrievalEvaluator(queries, texts, relevant, **options)
 
 
 def evaluators(names: list[str], data: Path, split: str) -> dict[str, Any]:
