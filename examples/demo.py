@@ -229,6 +229,11 @@ def read_training_set(settings: Settings) -> Dataset | dict[str, Dataset]:
     return {"pairs": Dataset.from_dict(pairs), "sentences": Dataset.from_dict({"text": sorted({*sentences})})}
 
 
+def uses_autocast(settings: Settings) -> bool:
+    """Full mode has weights in float32, and computes in bfloat16 where that is faster."""
+    return settings.modes == ["full"] and settings.dtype == "bfloat16"
+
+
 def time_step(model: SentenceTransformer, settings: Settings) -> float:
     """Seconds of one training step, over the data sets; weights stay as they are."""
     datasets, loss, total = read_training_set(settings), GemLoss(model, alpha=0.5), 0.0
@@ -238,13 +243,15 @@ def time_step(model: SentenceTransformer, settings: Settings) -> float:
         rows = part.select(range(settings.batch_size))
         for _ in range(2):  # the first one warms up
             start = time.perf_counter()
-            loss([model.preprocess(list(rows[name])) for name in part.column_names]).backward()
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_autocast(settings)):
+                value = loss([model.preprocess(list(rows[name])) for name in part.column_names])
+            value.backward()
         total += (time.perf_counter() - start) * len(part) / num_rows
     model.zero_grad()
     return total
 
 
-def train(model: SentenceTransformer, settings: Settings, mode: str, folder: Path) -> list[dict]:
+def train(model: SentenceTransformer, settings: Settings, folder: Path) -> list[dict]:
     """Train on what the base wrote, or go on with it; returns the trainer's log."""
     asked = json.dumps(dataclasses.asdict(settings))
     written = folder / "settings.json"
@@ -264,7 +271,7 @@ def train(model: SentenceTransformer, settings: Settings, mode: str, folder: Pat
         save_total_limit=1,
         report_to="none",
         batch_sampler=BatchSamplers.NO_DUPLICATES,
-        bf16=mode == "full" and settings.dtype == "bfloat16",
+        bf16=uses_autocast(settings),
         seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
     )
@@ -402,7 +409,7 @@ def main() -> None:
         model = build(settings, mode)
         for name, evaluator in evaluators.items():
             model.model_card_data.set_base_metrics(evaluator, base_metrics[name])
-        logs[mode] = train(model, settings, mode, args.output / "trainer" / mode)
+        logs[mode] = train(model, settings, args.output / "trainer" / mode)
         scores = main_scores({name: evaluator(model) for name, evaluator in evaluators.items()}, evaluators)
         if not all(math.isfinite(value) for value in scores.values()):
             raise SystemExit(f"Training diverged: {scores}. Lower the learning rate.")
