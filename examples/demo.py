@@ -60,7 +60,7 @@ SMALL = 50_000_000
 MIN_STEPS = 30
 """Steps below which a real LLM learns too little."""
 
-SMALL_BASE = "base-8m"
+SMALL_BASE, STARTED = "base-8m", "settings.json"
 
 PROMPT = "The old man opened the door and"
 PARAGRAPH = {"max_new_tokens": 60, "do_sample": False, "repetition_penalty": 1.3}
@@ -115,7 +115,7 @@ def choose_settings(args: argparse.Namespace, name: str) -> Settings:
     with torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(base)
         num_parameters = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
-    common = {"base": base, "batch_size": args.batch_size, "seed": args.seed}
+    common = {"base": base, "batch_size": args.batch_size, "seed": args.seed, "max_length": 128}
     if num_parameters < SMALL:
         chosen = Settings(
             **common,
@@ -124,7 +124,6 @@ def choose_settings(args: argparse.Namespace, name: str) -> Settings:
             num_gem_tokens=4,
             lora_rank=32,
             learning_rate=2e-4,
-            max_length=128,
             steps=120,
             dtype="float32",
         )
@@ -136,7 +135,6 @@ def choose_settings(args: argparse.Namespace, name: str) -> Settings:
             num_gem_tokens=1,
             lora_rank=8,
             learning_rate=5e-4,
-            max_length=128,
             steps=150,
             dtype=fastest_dtype(),
         )
@@ -183,17 +181,6 @@ def build_evaluators() -> dict[str, BaseEvaluator]:
     }
 
 
-def evaluate_base(
-    settings: Settings, plain: GemTransformer, evaluators: dict[str, BaseEvaluator], name: str
-) -> tuple[SentenceTransformer, dict]:
-    """The base as an embedder without training, and all metrics; perplexity is that of its language-model head."""
-    model = build_baseline(name, settings.base, model_kwargs={"dtype": settings.dtype})
-    metrics = {name: evaluator(model) for name, evaluator in evaluators.items() if name != PERPLEXITY}
-    texts = evaluators[PERPLEXITY].texts
-    metrics[PERPLEXITY] = {evaluators[PERPLEXITY].primary_metric: perplexity(plain.model, plain.tokenizer, texts)}
-    return model, metrics
-
-
 def main_scores(metrics: dict[str, dict], evaluators: dict[str, BaseEvaluator]) -> dict[str, float]:
     return {name: metrics[name][evaluator.primary_metric] for name, evaluator in evaluators.items()}
 
@@ -229,12 +216,12 @@ def read_training_set(settings: Settings) -> Dataset | dict[str, Dataset]:
     return {"pairs": Dataset.from_dict(pairs), "sentences": Dataset.from_dict({"text": sorted({*sentences})})}
 
 
-def uses_autocast(settings: Settings) -> bool:
+def uses_autocast(settings: Settings, mode: str) -> bool:
     """Full mode has weights in float32, and computes in bfloat16 where that is faster."""
-    return settings.modes == ["full"] and settings.dtype == "bfloat16"
+    return mode == "full" and settings.dtype == "bfloat16"
 
 
-def time_step(model: SentenceTransformer, settings: Settings) -> float:
+def time_step(model: SentenceTransformer, settings: Settings, mode: str) -> float:
     """Seconds of one training step, over the data sets; weights stay as they are."""
     datasets, loss, total = read_training_set(settings), GemLoss(model, alpha=0.5), 0.0
     parts = datasets.values() if isinstance(datasets, dict) else [datasets]
@@ -243,7 +230,7 @@ def time_step(model: SentenceTransformer, settings: Settings) -> float:
         rows = part.select(range(settings.batch_size))
         for _ in range(2):  # the first one warms up
             start = time.perf_counter()
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_autocast(settings)):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_autocast(settings, mode)):
                 value = loss([model.preprocess(list(rows[name])) for name in part.column_names])
             value.backward()
         total += (time.perf_counter() - start) * len(part) / num_rows
@@ -251,10 +238,10 @@ def time_step(model: SentenceTransformer, settings: Settings) -> float:
     return total
 
 
-def train(model: SentenceTransformer, settings: Settings, folder: Path) -> list[dict]:
+def train(model: SentenceTransformer, settings: Settings, mode: str, folder: Path) -> list[dict]:
     """Train on what the base wrote, or go on with it; returns the trainer's log."""
     asked = json.dumps(dataclasses.asdict(settings))
-    written = folder / "settings.json"
+    written = folder / STARTED
     if not (written.exists() and written.read_text() == asked):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -271,7 +258,7 @@ def train(model: SentenceTransformer, settings: Settings, folder: Path) -> list[
         save_total_limit=1,
         report_to="none",
         batch_sampler=BatchSamplers.NO_DUPLICATES,
-        bf16=uses_autocast(settings),
+        bf16=uses_autocast(settings, mode),
         seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
     )
@@ -349,12 +336,11 @@ def plan(settings: Settings, minutes: float, started: Path) -> Settings:
         TimeoutError: If so few would be left that nothing is learned.
     """
     if started.exists():
-        steps = json.loads(started.read_text())["steps"]
-        if json.loads(started.read_text()) == dataclasses.asdict(dataclasses.replace(settings, steps=steps)):
-            print(f"Goes on with {steps} steps of training in {started.parent}.", flush=True)
-            return dataclasses.replace(settings, steps=steps)
-    model = build(settings, settings.modes[-1])
-    seconds = time_step(model, settings)
+        written = Settings(**json.loads(started.read_text()))
+        if written == dataclasses.replace(settings, steps=written.steps):
+            print(f"Goes on with {written.steps} steps of training in {started.parent}.", flush=True)
+            return written
+    seconds = sum(time_step(build(settings, mode), settings, mode) for mode in settings.modes)
     steps = min(settings.steps, int(60 * minutes / seconds))
     if steps < min(MIN_STEPS, settings.steps):
         raise TimeoutError(f"A step takes {seconds:.0f} s, so that {MIN_STEPS} take more than {minutes:g} minutes.")
@@ -387,7 +373,7 @@ def main() -> None:
     try:
         settings = choose_settings(args, args.base)
         if settings.data != "train.txt":
-            started = args.output / "trainer" / settings.modes[0] / "settings.json"
+            started = args.output / "trainer" / settings.modes[0] / STARTED
             settings = plan(settings, args.minutes, started)
     except (OSError, ImportError) as error:  # no network, or a slow machine
         if args.base != parser.get_default("base"):
@@ -397,19 +383,22 @@ def main() -> None:
         settings = choose_settings(args, args.base)
     evaluators = build_evaluators()
     plain = GemTransformer(settings.base, freeze_base=True, model_kwargs={"dtype": settings.dtype})
-    models, columns, logs = {}, {}, {}
-    base_metrics: dict[str, dict] = {}
+    value = perplexity(plain.model, plain.tokenizer, evaluators[PERPLEXITY].texts)
+    of_generator = {PERPLEXITY: {evaluators[PERPLEXITY].primary_metric: value}}
+    models, columns, base_metrics, logs = {}, {}, {}, {}
     for label, name in ((MEAN, "mean"), (ECHO, "echo")):
-        model, metrics = evaluate_base(settings, plain, evaluators, name)
-        columns[label] = main_scores(metrics, evaluators)
-        if name == "mean":
-            models[label], base_metrics = model, metrics
+        model = build_baseline(name, settings.base, model_kwargs={"dtype": settings.dtype})
+        measured = {name: evaluator(model) for name, evaluator in evaluators.items() if name != PERPLEXITY}
+        base_metrics[label] = {**measured, **of_generator}
+        columns[label] = main_scores(base_metrics[label], evaluators)
+        models[label] = model
+    del models[ECHO]  # the picture shows mean pooling and GEM
     for mode in settings.modes:
         set_seed(args.seed)
         model = build(settings, mode)
         for name, evaluator in evaluators.items():
-            model.model_card_data.set_base_metrics(evaluator, base_metrics[name])
-        logs[mode] = train(model, settings, args.output / "trainer" / mode)
+            model.model_card_data.set_base_metrics(evaluator, base_metrics[MEAN][name])
+        logs[mode] = train(model, settings, mode, args.output / "trainer" / mode)
         scores = main_scores({name: evaluator(model) for name, evaluator in evaluators.items()}, evaluators)
         if not all(math.isfinite(value) for value in scores.values()):
             raise SystemExit(f"Training diverged: {scores}. Lower the learning rate.")

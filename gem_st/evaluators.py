@@ -102,6 +102,7 @@ class PerplexityEvaluator(_GemEvaluator):
         self.primary_metric = f"{name}_perplexity" if name else "perplexity"
 
     def measure(self, gem: Any) -> dict[str, float]:
+        """The perplexity of a GEM module's generator."""
         value = perplexity(gem.model, gem.tokenizer, self.texts, max_length=self.max_length, batch_size=self.batch_size)
         return {"perplexity": value}
 
@@ -136,6 +137,7 @@ class ReconstructionEvaluator(_GemEvaluator):
         self.primary_metric = f"{name}_chrf" if name else "chrf"
 
     def measure(self, gem: Any) -> dict[str, float]:
+        """What a GEM module writes back of the texts: ``exact_match`` and ``chrf``."""
         copies: list[str] = []
         for start in range(0, len(self.texts), self.batch_size):
             copies += gem.reconstruct(gem.compress(self.texts[start : start + self.batch_size]))

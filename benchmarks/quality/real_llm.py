@@ -36,8 +36,9 @@ from transformers import set_seed
 from gem_st import GemLoss, GemTransformer
 from gem_st.evaluation import perplexity
 from gem_st.evaluation.baselines import build_baseline
+from gem_st.training.data import TrainData
 from gem_st.training.measures import describe_versions
-from gem_st.training.teacher import NUM_FITTED, add_head, label_by_teacher
+from gem_st.training.teacher import follow_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -145,25 +146,23 @@ def cisi(data: Path) -> tuple[dict[str, tuple[str, str]], dict[str, str], dict[s
     return corpus, {query["_id"]: query["text"] for query in queries if query["_id"] in relevant}, relevant
 
 
+def search(*queries_corpus_relevant: dict[str, Any]) -> InformationRetrievalEvaluator:
+    """nDCG@10 by cosine, of queries, corpus and what is relevant."""
+    options = {"score_functions": {"cosine": cos_sim}, "main_score_function": "cosine", "batch_size": 32}
+    return InformationRetrievalEvaluator(*queries_corpus_relevant, **options)
+
+
 def titles_evaluator(data: Path, num: int = 400) -> InformationRetrievalEvaluator:
     """Titles of CISI's documents against the texts of the same documents."""
     corpus, _, _ = cisi(data)
     corpus = dict(random.Random(0).sample(sorted((k, v) for k, v in corpus.items() if v[0] and v[1]), num))
-    return InformationRetrievalEvaluator(
-        {key: title for key, (title, _) in corpus.items()},
-        {key: text for key, (_, text) in corpus.items()},
-        {key: {key} for key in corpus},
-        score_functions={"cosine": cos_sim},
-        main_score_function="cosine",
-        batch_size=32,
-    )
+    titles, texts = ({key: document[place] for key, document in corpus.items()} for place in (0, 1))
+    return search(titles, texts, {key: {key} for key in corpus})
 
 
 def cisi_evaluator(data: Path) -> InformationRetrievalEvaluator:
     corpus, queries, relevant = cisi(data)
-    texts = {key: f"{title}. {text}" for key, (title, text) in corpus.items()}
-    options = {"score_functions": {"cosine": cos_sim}, "main_score_function": "cosine", "batch_size": 32}
-    return InformationRetrievalEvaluator(queries, texts, relevant, **options)
+    return search(queries, {key: f"{title}. {text}" for key, (title, text) in corpus.items()}, relevant)
 
 
 def evaluators(names: list[str], data: Path, split: str) -> dict[str, Any]:
@@ -204,11 +203,12 @@ def build(args: argparse.Namespace, seed: int) -> SentenceTransformer:
 
 def train(model: SentenceTransformer, args: argparse.Namespace, seed: int) -> None:
     data = training_set(args.train, args.data, args.num_rows, seed)
+    parts = data.values() if isinstance(data, dict) else [data]
+    has_texts = any("text" in part.column_names for part in parts)
     options = dict(args.loss)
     if args.teacher:
-        data = label_by_teacher(data, SentenceTransformer(resolve(args.teacher)))
-        head = data.select(range(NUM_FITTED))
-        add_head(model, list(head["text"]), torch.tensor(head["label"]))
+        found = TrainData(data, list(data.column_names), len(data), held_out=[])
+        data = follow_teacher(resolve(args.teacher), model, found).train
         options["loss"] = EmbedDistillLoss(model, distance_metric="cosine")
     loss = GemLoss(model, **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -223,7 +223,7 @@ def train(model: SentenceTransformer, args: argparse.Namespace, seed: int) -> No
                 warmup_steps=args.steps // 20,
                 bf16=args.mode == "full" and args.dtype == "bfloat16",
                 use_cpu=not torch.cuda.is_available(),
-                batch_sampler=BatchSamplers.BATCH_SAMPLER if "text" in str(data) else BatchSamplers.NO_DUPLICATES,
+                batch_sampler=BatchSamplers.BATCH_SAMPLER if has_texts else BatchSamplers.NO_DUPLICATES,
                 logging_steps=25,
                 save_strategy="no",
                 report_to="none",
@@ -250,22 +250,20 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         train(model, args, seed)
     result: dict[str, Any] = {"train_seconds": round(time.perf_counter() - start)}
     model.max_seq_length = args.eval_length
-    for name, evaluator in evaluators(args.evaluate, args.data, args.split).items():
+    measures = evaluators(args.evaluate, args.data, args.split)
+    for name, evaluator in measures.items():
         metrics = evaluator(model)
         result[name] = round(metrics[evaluator.primary_metric], 4)
     if args.teacher:
         teacher = SentenceTransformer(resolve(args.teacher))
-        for name in ("titles", "cisi"):
-            if name in args.evaluate:
-                evaluator = evaluators([name], args.data, args.split)[name]
-                ndcg = [
-                    evaluator.compute_metrices(query_model, corpus_model=teacher)["cosine"]["ndcg@k"][10]
-                    for query_model in (model, teacher)
-                ]
-                result[f"{name}_in_teachers_index"] = [round(value, 4) for value in ndcg]
+        for name in {"titles", "cisi"} & measures.keys():
+            ndcg = [
+                measures[name].compute_metrices(query_model, corpus_model=teacher)["cosine"]["ndcg@k"][10]
+                for query_model in (model, teacher)
+            ]
+            result[f"{name}_in_teachers_index"] = [round(value, 4) for value in ndcg]
     if is_trained:
-        ids = model[0].generate(PROMPT, max_new_tokens=8, do_sample=False)
-        result["capital"] = ids
+        result["capital"] = model[0].generate(PROMPT, max_new_tokens=8, do_sample=False)
     if args.mode == "full":
         gem = model[0]
         ratio = perplexity(gem.model, gem.tokenizer, read_held_out(args.data)) / base_perplexity(args.base, args.data)

@@ -45,6 +45,7 @@ def one_line_errors(*, expect_any: bool = True) -> Iterator[None]:
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str | None = None) -> None:
+    """Print what a command returns: as JSON, as the text given, or a line for each entry that says something."""
     lines = (f"{name:<22}{value}" for name, value in result.items() if value not in (None, {}, []))
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str) if as_json else text or "\n".join(lines))
 

@@ -86,4 +86,5 @@ def is_unreachable(error: BaseException | None) -> bool:
 
 
 def first_line(error: BaseException) -> str:
+    """First line of what an error says; its type if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

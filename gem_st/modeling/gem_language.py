@@ -79,7 +79,7 @@ class LanguageMethods(GemParts):
             ValueError: If the cache is not of this model.
         """
         with Evaluating(self):
-            return self.embedder.embed_cache(cache).to(self.logit_scale.dtype)
+            return self.embedder.embed_cache(cache).to(self.embedding_dtype)
 
     summarize = embed
 

@@ -100,6 +100,11 @@ class GemParts(nn.Module):
         return "frozen" if self.freeze_base else "lora" if self.has_adapter else "full"
 
     @property
+    def embedding_dtype(self) -> torch.dtype:
+        """That of the first parameter, to which Sentence Transformers casts the modules behind this one."""
+        return self.logit_scale.dtype
+
+    @property
     def gem_model(self) -> Any:
         """The model that GEM tokens run through, and a LoRA works on."""
         return self.adapter_model if self.freeze_base else self.model

@@ -275,8 +275,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             states = self.embedder.states(rows)
             features["sentence_embedding"] = self.gem_tokens.pool(states, rows.segments)
             features["token_embeddings"] = rows.restore(states)
-        # Modules behind this one have the data type of its first parameter: Sentence Transformers casts them to it.
-        features["sentence_embedding"] = features["sentence_embedding"].to(self.logit_scale.dtype)
+        features["sentence_embedding"] = features["sentence_embedding"].to(self.embedding_dtype)
         return features
 
     # ---- checkpoints

@@ -7,7 +7,6 @@ width of the LLM to that of the teacher.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -16,25 +15,23 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from torch import Tensor
 
 from .data import TrainData
+from .measures import encode
 
 NUM_FITTED = 2048
 """Texts that the head is fitted on before the training."""
 
 
-def label_by_teacher(dataset: Dataset, teacher: SentenceTransformer, batch_size: int = 128) -> Dataset:
+def label_by_teacher(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
     """Add the teacher's unit vectors of each row's texts as the column ``label``.
 
     Args:
         dataset: Columns of texts.
         teacher: Any model of Sentence Transformers.
-        batch_size: Texts in a forward pass of it.
 
     Returns:
         The data set; a label has shape ``(D,)`` for one column of texts, ``(C, D)`` for C of them.
     """
-    names = list(dataset.column_names)
-    options: dict[str, Any] = {"batch_size": batch_size, "normalize_embeddings": True, "convert_to_tensor": True}
-    columns = [teacher.encode(list(dataset[name]), **options).float().cpu() for name in names]
+    columns = [encode(teacher, dataset[name]) for name in dataset.column_names]
     labels = columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
     return dataset.add_column("label", labels.tolist())
 
@@ -73,15 +70,15 @@ def follow_teacher(name: str, model: SentenceTransformer, data: TrainData) -> Tr
     Raises:
         ValueError: If there are too few texts to fit the head on.
     """
-    teacher = SentenceTransformer(name, device=str(model.device))
-    train = label_by_teacher(data.train, teacher)
-    num_texts, width = min(len(train), NUM_FITTED), model.get_embedding_dimension() or 0
+    num_texts, width = min(len(data.train), NUM_FITTED), model.get_embedding_dimension() or 0
     if num_texts <= width:
         raise ValueError(f"A head from {width} dimensions cannot be fitted on {num_texts} rows. Train on more.")
+    teacher = SentenceTransformer(name, device=str(model.device))
+    train = label_by_teacher(data.train, teacher)
     fitted = train.select(range(num_texts))
     labels = torch.tensor(fitted["label"]).float()
     add_head(model, list(fitted[data.columns[0]]), labels if labels.dim() == 2 else labels[:, 0])
     eval_set = None if data.eval_set is None else label_by_teacher(data.eval_set, teacher)
     first = [row[data.columns[0]] for row in data.held_out]
-    targets = teacher.encode(first, normalize_embeddings=True, convert_to_tensor=True).float().cpu() if first else None
+    targets = encode(teacher, first) if first else None
     return dataclasses.replace(data, train=train, eval_set=eval_set, targets=targets)

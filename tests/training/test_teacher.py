@@ -11,6 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Dense
 
 from gem_st.evaluation.baselines import build_baseline
 from gem_st.training.config import load_config
+from gem_st.training.data import TrainData
 from gem_st.training.run import train
 from gem_st.training.teacher import add_head, follow_teacher, label_by_teacher
 
@@ -78,8 +79,6 @@ def test_a_training_follows_the_teacher(make_base, teacher, tmp_path, columns):
 def test_what_a_teacher_needs_is_said(make_base, make_model, teacher, tmp_path):
     with pytest.raises(ValueError, match="a teacher embeds all rows before the training"):
         load_config(base=make_base(), data=tmp_path, teacher=tmp_path, streaming=True, steps=2).check()
-    from gem_st.training.data import TrainData
-
     data = TrainData(Dataset.from_dict({"text": CORPUS}), ["text"], len(CORPUS), [])
     with pytest.raises(ValueError, match="A head from 32 dimensions cannot be fitted on 8 rows"):
         follow_teacher(str(tmp_path / "teacher"), make_model(), data)

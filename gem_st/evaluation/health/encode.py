@@ -57,6 +57,7 @@ def reporting(problem: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
+    """Type and first line of an error, at most 200 characters."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
 
 
@@ -93,6 +94,7 @@ def _normalizes_vectors(module: nn.Module) -> bool:
 
 
 def tokenizer_of(model: SentenceTransformer) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; without one, what needs it is not measured."""
     tokenizer = getattr(model, "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise NotMeasuredError("the model has no tokenizer of transformers")
