@@ -151,16 +151,18 @@ def render() -> str:
 
 
 TITLE = "# Leaderboard\n\nMeans over five task types of mteb's main scores, in percent. K = 1 throughout."
-NOTES = """Baselines: mean pooling, the last token, and Echo (each text read twice) of the untouched base, by stock modules of
-Sentence Transformers. The last line of a table is the small embedder that people use today: it writes no text. Seven tasks on fixed samples
-(`benchmarks/quality/leaderboard.yaml`, 128 tokens of a text): scores are not those of the whole data sets. Perplexity is of the same held-out lines of
-books, as a multiple of the base's. Spread: half of what lies between the highest and the lowest seed. Settings were chosen on the dev split of STS-B and on other titles than
-those reported; [log.md](log.md) has them. This page is made by `benchmarks/quality/leaderboard.py` from `benchmarks/quality/results`."""
+NOTES = """Baselines: mean pooling, the last token, and Echo (each text read twice) of the untouched base, by stock
+modules of Sentence Transformers. The last line of a table is the small embedder that people use today: it writes no
+text. Seven tasks on fixed samples (`benchmarks/quality/leaderboard.yaml`, 128 tokens of a text): scores are not those
+of the whole data sets. Perplexity is of the same held-out lines of books, as a multiple of the base's. Spread: half of
+what lies between the highest and the lowest seed. Settings were chosen on the dev split of STS-B and on other titles
+than those reported; [log.md](log.md) has them. This page is made by `benchmarks/quality/leaderboard.py` from
+`benchmarks/quality/results`."""
 MADE = "Made with:\n\n"
 APPENDIX = """## Appendix: small models
 
-150 steps on 10,176 pairs of NLI, batches of 64, 64 tokens of a text, float32; {made}. Measured with version 0.1. With K = 4 for comparison; the table
-above has K = 1. Perplexity is of text of the kind that the base was made for."""
+150 steps on 10,176 pairs of NLI, batches of 64, 64 tokens of a text, float32; {made}. Measured with version 0.1. With
+K = 4 for comparison; the table above has K = 1. Perplexity is of text of the kind that the base was made for."""
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""Data of the experiments on a real LLM: what is trained on, by name, and what is measured. See benchmarks/README.md."""
+"""Data of the experiments on a real LLM: what is trained on, by name, and what is measured.
+
+benchmarks/README.md says where it comes from.
+"""
 
 from __future__ import annotations
 
@@ -89,12 +92,12 @@ def columns(name: str, data: Path) -> dict[str, list[str]]:
     if name == "written":
         rows = read_jsonl(ROOT / "examples/data/written.jsonl")
         return {"anchor": [row["subject"] for row in rows], "positive": [row["passage"] for row in rows]}
-    if name == "passages":
-        rows = read_jsonl(ROOT / "examples/data/written.jsonl")
-        return {"text": [row[key] for row in rows for key in ("subject", "passage")]}
     if name == "titled":
         rows = read_jsonl(TITLED)
         return {"anchor": [row["title"] for row in rows], "positive": [row["text"] for row in rows]}
+    if name in ("passages", "titles"):  # both columns of such pairs, as single texts
+        pairs = columns("written" if name == "passages" else "titled", data)
+        return {"text": [*pairs["anchor"], *pairs["positive"]]}
     sources = {"nli": nli_sentences, "wiki": wiki_sentences, "paragraphs": paragraphs}
     return {"text": sources[name](data)}
 

@@ -40,6 +40,7 @@ from gem_st.evaluation.mteb_scores import score_task
 from gem_st.training.data import TrainData
 from gem_st.training.measures import describe_versions
 from gem_st.training.teacher import follow_teacher
+
 from models import resolve  # isort: skip  # of examples, which real_data puts on the path
 
 RESULTS = Path(__file__).with_name("results") / "real_llm.jsonl"
@@ -155,10 +156,10 @@ def measure(model: SentenceTransformer, args: argparse.Namespace) -> dict[str, A
         lost = perplexity(generator, tokenizer, read_held_out(args.data))
         result["perplexity_ratio"] = round(lost / base_perplexity(args.base, args.data, str(model.device)), 3)
     if "knowledge" in args.evaluate:
-        tasks = local_suite(args.data).knowledge
+        known = local_suite(args.data).knowledge
         result["knowledge"] = {
             task.name: round(100 * evaluate_generation(generator, tokenizer, task, batch_size=64)["main_score"], 2)
-            for task in tasks
+            for task in known
         }
     return result
 
@@ -229,9 +230,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--loss", type=json.loads, default={}, help="JSON, for GemLoss; a list for AlphaSchedule")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--split", choices=["dev", "test"], default="dev")
-    parser.add_argument(
-        "--evaluate", nargs="+", default=["sts", "titles"], help="those of real_data.py, suite, knowledge"
-    )
+    parser.add_argument("--evaluate", nargs="+", default=["sts", "titles"], help="of real_data.py, suite, knowledge")
     parser.add_argument("--save", help="folder for the checkpoint; the seed is added")
     parser.add_argument("--teacher", help="a model whose space is learned")
     parser.add_argument("--note", default="")

@@ -1,8 +1,9 @@
 """How much of a text K GEM tokens hold: train the reconstruction task, then write held-out texts from their memory.
 
-    python benchmarks/quality/reconstruct.py --data DATA --base MODELS/stories3M --num-gem-tokens 1 4 16
+    python benchmarks/quality/reconstruct.py --data DATA --base smollm2-135m-instruct --full --num-gem-tokens 1 4 10
 
-DATA holds text/tiny_stories_944k.txt. Prints, for each K, exact matches and chrF by the length of the text in tokens.
+DATA is described in benchmarks/README.md. Prints, for each K, exact matches and chrF by the length of the text in
+tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import random
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +26,9 @@ from transformers.utils import logging
 from gem_st import GemLoss, GemTransformer
 from gem_st.evaluation import ReconstructionEvaluator
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from models import resolve
+
 NUM_HELD_OUT = 500
 
 
@@ -35,15 +40,15 @@ def read_sentences(path: Path, min_length: int, max_length: int) -> list[str]:
     return sentences
 
 
-def train(args: argparse.Namespace, num_gem_tokens: int, texts: list[str], held_out: list[str]) -> SentenceTransformer:
+def train(args: argparse.Namespace, num_gem_tokens: int, texts: list[str]) -> SentenceTransformer:
     set_seed(args.seed)
     gem = GemTransformer(
-        args.base,
+        resolve(args.base),
         num_gem_tokens=num_gem_tokens,
         freeze_base=not args.full,
         lora_rank=None if args.full else args.lora_rank,
         lora_kwargs=None if args.full else {"lora_alpha": 2 * args.lora_rank},
-        max_seq_length=96,
+        max_seq_length=128,
         model_kwargs={"dtype": "float32"},
     )
     model = SentenceTransformer(modules=[gem])
@@ -56,10 +61,9 @@ def train(args: argparse.Namespace, num_gem_tokens: int, texts: list[str], held_
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=20,
+            bf16=args.bf16,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=100,
-            eval_strategy="steps",
-            eval_steps=max(args.steps // 4, 1),
             save_strategy="no",
             report_to="none",
             seed=args.seed,
@@ -70,7 +74,6 @@ def train(args: argparse.Namespace, num_gem_tokens: int, texts: list[str], held_
             args=arguments,
             train_dataset=Dataset.from_dict({"text": texts}),
             loss=loss,
-            evaluator=ReconstructionEvaluator(held_out[:100]),
         )
         trainer.train()
     return model
@@ -84,23 +87,25 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="train all weights instead of a LoRA on a frozen base")
     parser.add_argument("--lora-rank", type=int, default=64)
     parser.add_argument("--alpha", type=float, default=0.0, help="weight of the contrastive part")
+    parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--text", default="text/wikipedia_sentences.txt", help="file below DATA")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--min-length", type=int, default=20, help="characters")
-    parser.add_argument("--max-length", type=int, default=70)
+    parser.add_argument("--max-length", type=int, default=200)
     parser.add_argument(
-        "--bounds", type=int, nargs="+", default=[8, 12, 16], help="of the lengths in the table, tokens"
+        "--bounds", type=int, nargs="+", default=[8, 16, 32], help="of the lengths in the table, tokens"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.disable_progress_bar()
 
-    sentences = read_sentences(args.data / "text/tiny_stories_944k.txt", args.min_length, args.max_length)
+    sentences = read_sentences(args.data / args.text, args.min_length, args.max_length)
     held_out, texts = sentences[:NUM_HELD_OUT], sentences[NUM_HELD_OUT:]
     for num_gem_tokens in args.num_gem_tokens:
         start = time.perf_counter()
-        model = train(args, num_gem_tokens, texts, held_out)
+        model = train(args, num_gem_tokens, texts)
         seconds = round(time.perf_counter() - start)
         gem = model[0]
         lengths = [len(ids) for ids in gem.tokenizer(held_out, add_special_tokens=False)["input_ids"]]
