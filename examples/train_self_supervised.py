@@ -58,7 +58,7 @@ def main() -> None:
             max_steps=args.steps,
             per_device_train_batch_size=args.batch_size,
             # Of all weights of a small model; 1e-5 to 1e-4 for billions. A LoRA takes more.
-            learning_rate=2e-4 if args.mode in ("full", "frozen") else 5e-4,
+            learning_rate=1e-4 if args.mode == "full" else 5e-4,
             lr_scheduler_type="cosine",
             warmup_steps=args.steps // 20,
             logging_steps=10,

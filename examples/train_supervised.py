@@ -45,7 +45,7 @@ def main() -> None:
             args.output,
             max_steps=args.steps,
             per_device_train_batch_size=args.batch_size,
-            learning_rate=2e-4,
+            learning_rate=1e-4,
             batch_sampler=BatchSamplers.NO_DUPLICATES,
             logging_steps=5,
             save_strategy="no",

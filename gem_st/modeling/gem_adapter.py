@@ -90,13 +90,13 @@ def add_lora(model: Any, config: Any) -> Any:
 
 
 def lora_options(base: GemBase, rank: int | None, options: dict[str, Any] | None) -> dict[str, Any]:
-    """Options of the LoRA beside a frozen base: rank 32 and a factor of 8 on all linear layers, unless given.
+    """Options of the LoRA beside a frozen base: rank 8 and a factor of 8 on all linear layers, unless given.
 
     Raises:
         ValueError: If one of them would change or train the base's own weights.
     """
     options = options or {}
-    rank = 32 if rank is None else rank
+    rank = 8 if rank is None else rank
     # PEFT does not take "all-linear" with layers_to_transform.
     target_modules: Any = base.linear_names() if "layers_to_transform" in options else "all-linear"
     return _check_lora_kwargs({"r": rank, "lora_alpha": 8 * rank, "target_modules": target_modules, **options})

@@ -86,7 +86,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             and model allow.
         freeze_base: Leave the model as it is; train GEM embeddings, and a LoRA that is active only while GEM tokens are
             computed. Its settings are read from a GEM checkpoint.
-        lora_rank: Rank of that LoRA, 32 by default, on all linear layers; its ``lora_alpha`` is 8 times the rank.
+        lora_rank: Rank of that LoRA, 8 by default, on all linear layers; its ``lora_alpha`` is 8 times the rank.
         lora_kwargs: Further options of ``peft.LoraConfig``, e.g. ``{"lora_dropout": 0.1}``.
         model_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``, e.g. ``{"dtype": torch.float32}``.
         processor_kwargs: Passed to ``AutoTokenizer.from_pretrained``, e.g. ``{"padding_side": "left"}``.

@@ -112,7 +112,7 @@ class TrainConfig:
     max_length: Annotated[int | None, "Tokens in a row, GEM tokens included; 512 or the base's context by default."] = (
         None
     )
-    lora_rank: Annotated[int | None, "Rank of the LoRA; 32 by default."] = None
+    lora_rank: Annotated[int | None, "Rank of the LoRA; 8 of frozen, 32 of lora and qlora."] = None
     dtype: Annotated[
         str | None,
         "Data type of the weights: float32, bfloat16, float16 or auto; float32 by default, which full mode saves as "
@@ -134,7 +134,7 @@ class TrainConfig:
         float | None, "Schedule of alpha: steps of the rise, or their share; until the end, 0 for at once."
     ] = None
 
-    learning_rate: Annotated[float | None, "2e-4, lora and qlora 5e-4; 1e-5 to 1e-4 for billions of weights."] = None
+    learning_rate: Annotated[float | None, "1e-4 of all weights, 5e-4 of a LoRA; less for billions of weights."] = None
     ntp_learning_rate: Annotated[float | None, "Rate while alpha is 0; learning_rate then falls along a cosine."] = None
     steps: Annotated[int | None, "Optimizer steps."] = None
     epochs: Annotated[float | None, "Passes over the data, instead of steps; 1."] = None
@@ -208,7 +208,7 @@ class TrainConfig:
         if new.token_dropout is None:
             new.token_dropout = default_token_dropout(freeze_base)
         if new.learning_rate is None:
-            new.learning_rate = 2e-4 if self.mode in ("full", "frozen") else 5e-4
+            new.learning_rate = 1e-4 if self.mode == "full" else 5e-4
         if new.steps is None:
             new.steps = count_steps(num_rows or 0, self)
         new.max_length = new.max_length or min(512, context or 512)
@@ -216,7 +216,7 @@ class TrainConfig:
             raise ValueError(f"max_length {new.max_length} is more than the {context} tokens that the base can read.")
         if self.mode != "full":  # there, GemLoss has them in float32
             new.dtype = new.dtype or ("bfloat16" if self.mode == "qlora" else "float32")
-        new.lora_rank = None if self.mode == "full" else new.lora_rank or 32
+        new.lora_rank = None if self.mode == "full" else new.lora_rank or (8 if freeze_base else 32)
         new._resolve_alpha(plan, learns_by_text=not freeze_base or plan.plain_ratio != 1)
         return new
 

@@ -158,7 +158,7 @@ def test_defaults_of_the_modes_are_those_of_the_loss(make_config, make_base, mod
 def test_the_phase_of_alpha_0_is_a_share_of_the_training(make_config):
     config = make_config(steps=50).resolve(40, ["text"], 256)
     assert (config.ntp_steps, config.rise_steps) == (0.2, None)
-    assert (config.learning_rate, config.final_alpha, config.max_length) == (2e-4, 0.9, 64)
+    assert (config.learning_rate, config.final_alpha, config.max_length) == (1e-4, 0.9, 64)
 
 
 def test_epochs_count_steps(make_config, monkeypatch):
