@@ -39,7 +39,7 @@ from gem_st.evaluation.lm_eval_tasks import evaluate_generation
 from gem_st.evaluation.mteb_scores import score_task
 from gem_st.training.data import TrainData
 from gem_st.training.measures import describe_versions
-from gem_st.training.teacher import IndexDistillLoss, follow_teacher
+from gem_st.training.teacher import follow_teacher
 
 from models import resolve  # isort: skip  # of examples, which real_data puts on the path
 
@@ -88,8 +88,7 @@ def train(model: SentenceTransformer, args: argparse.Namespace, seed: int) -> No
     if args.teacher:
         found = TrainData(data, list(data.column_names), len(data), held_out=[])
         data = follow_teacher(resolve(args.teacher), model, found).train
-        is_plain = args.distance == "cosine"
-        options["loss"] = EmbedDistillLoss(model) if is_plain else IndexDistillLoss(model, args.distill_scale)
+        options["loss"] = EmbedDistillLoss(model)
     loss = GemLoss(model, **options)
     with tempfile.TemporaryDirectory() as folder:
         SentenceTransformerTrainer(
@@ -235,8 +234,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluate", nargs="+", default=["sts", "titles"], help="of real_data.py, suite, knowledge")
     parser.add_argument("--save", help="folder for the checkpoint; the seed is added")
     parser.add_argument("--teacher", help="a model whose space is learned")
-    parser.add_argument("--distance", choices=["cosine", "index"], default="cosine", help="from the teacher")
-    parser.add_argument("--distill-scale", type=float, default=20.0)
     parser.add_argument("--note", default="")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=Path, help="file of options, one set a line; # begins a comment")

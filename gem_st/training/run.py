@@ -13,6 +13,7 @@ import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.training_args import BatchSamplers
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.utils import logging
 
@@ -27,7 +28,7 @@ from .config import TrainConfig, load_config
 from .data import TrainData, as_texts, generate_texts, load_eval, load_source, read_texts, set_aside, write_texts
 from .measures import describe_versions, measure
 from .report import write_report
-from .teacher import IndexDistillLoss, follow_teacher
+from .teacher import follow_teacher
 
 __all__ = ["TrainConfig", "TrainResult", "load_config", "train"]
 
@@ -89,7 +90,7 @@ def train(config: TrainConfig) -> TrainResult:
     inner = None
     if config.teacher:
         data = follow_teacher(config.teacher, model, data)
-        inner = IndexDistillLoss(model)
+        inner = EmbedDistillLoss(model, distance_metric="cosine")
     loss = GemLoss(model, loss=inner, **loss_options(config))
     trainer = build_trainer(config, model, loss, data)
     _refuse_sharding(trainer)

@@ -1,7 +1,7 @@
 """Distillation: an LLM learns the space of another embedder, whose vectors it can then be compared with.
 
-Here are the targets, the head that maps from the width of the LLM to that of the teacher, and the loss, Sentence
-Transformers' own with the teacher's ranking beside it.
+The loss is Sentence Transformers' own (``EmbedDistillLoss``); here are the targets, and the head that maps from the
+width of the LLM to that of the teacher.
 """
 
 from __future__ import annotations
@@ -11,42 +11,14 @@ import dataclasses
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from torch import Tensor
-from torch.nn import functional as F
 
 from .data import TrainData
 from .measures import encode
 
 NUM_FITTED = 2048
 """Texts that the head is fitted on before the training."""
-
-
-class IndexDistillLoss(EmbedDistillLoss):
-    """Brings each vector to the teacher's, and what it finds in the teacher's index to what the teacher finds.
-
-    ``EmbedDistillLoss`` (1 - cosine) plus the cross-entropy between two softmaxes over the teacher's vectors of the
-    batch: of the teacher's cosines, and of the student's. The first alone leaves errors of all directions alike; the
-    second counts those that change a ranking.
-
-    Args:
-        model: The student.
-        scale: Factor on cosines in both softmaxes (1 / temperature).
-    """
-
-    def __init__(self, model: SentenceTransformer, scale: float = 20.0) -> None:
-        super().__init__(model, distance_metric="cosine")
-        self.scale = scale
-
-    def compute_loss_from_embeddings(self, embeddings: list[Tensor], teacher_embeddings: list[Tensor]) -> Tensor:
-        """The loss of unit vectors, all columns together. Shape: ``(B, D)`` each -> ``()``"""
-        students = F.normalize(torch.cat(embeddings), dim=-1)
-        teachers = torch.cat(teacher_embeddings).to(students)
-        wanted = (self.scale * teachers @ teachers.T).softmax(dim=-1)
-        return super().compute_loss_from_embeddings([students], [teachers]) + F.cross_entropy(
-            self.scale * students @ teachers.T, wanted
-        )
 
 
 def label_by_teacher(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
