@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..cards.card_data import CITATION, use_gem_card
 from ..checkpoints import last_checkpoint
 from ..finding import require_gem
+from ..modeling.gem_checkpoint import check_writable
 from .contrastive import find_same_texts, info_nce, text_keys
 from .dataset_checks import check_dataset, warn_of_truncation
 from .next_token import check_output_head
@@ -219,8 +220,9 @@ class GemLoss(nn.Module):
             self._check_trainer(trainer)
 
     def _check_trainer(self, trainer: BaseTrainer) -> None:
-        """Raise if there is something in the adapter, the data or the batch size that cannot be trained with."""
+        """Raise if there is something in the model, the data or the batch size that cannot be trained with, or saved."""
         (gem,) = self._gem
+        check_writable(gem)
         if gem.mode == "lora" and not any(p.requires_grad for p in gem.model.get_input_embeddings().parameters()):
             raise ValueError(
                 "The LoRA leaves the embeddings of the GEM tokens untrained. model.add_adapter(LoraConfig(...)) on the "

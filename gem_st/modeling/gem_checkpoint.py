@@ -20,7 +20,7 @@ from transformers.utils import cached_file, logging
 
 from .gem_adapter import add_lora, import_peft
 from .gem_base import GemBase
-from .gem_files import BaseSource, check_base_unchanged, copy_base, fingerprint_base, is_local
+from .gem_files import BaseSource, check_base_unchanged, copy_base, fingerprint_base, is_local, save_model
 from .gem_tokens import POOLING_MODES
 
 logger = logging.get_logger(__name__)
@@ -108,7 +108,8 @@ def locate(found: FoundBase, base: GemBase, hub_kwargs: dict[str, Any]) -> tuple
     commit = re.search(r"/snapshots/([0-9a-f]{40})/", config_path.as_posix())
     is_named = found.revision is None and found.load_from == found.name
     revision = commit[1] if commit and is_named else found.revision
-    return BaseSource(folder, fingerprint_base(folder, base.text.tokenizer)), revision
+    fingerprint = fingerprint_base(folder, base.text.tokenizer)
+    return BaseSource(folder, fingerprint, getattr(base.model.config, "use_cache", None)), revision
 
 
 @lru_cache
@@ -141,7 +142,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_writable(gem: Any) -> None:
-    """Raise if a checkpoint of this module could not be read again."""
+    """Raise if a checkpoint of this module could not be written, or not be read again.
+
+    :class:`gem_st.GemLoss` asks before the first step, so that no training is lost.
+    """
     if gem.mode == "full" and not gem.save_base:
         raise ValueError("save_base=False needs an adapter: freeze_base=True, or model.add_adapter(LoraConfig(...)).")
     has_base = gem.mode == "full" or (gem.freeze_base and gem.save_base)
@@ -150,6 +154,18 @@ def check_writable(gem: Any) -> None:
             "An adapter is saved without its base, and has to name it: set model[0].base_model_name_or_path (and "
             "base_model_revision) to the base's Hub id."
         )
+    if gem.mode != "full":
+        _active_adapter(gem.gem_model)
+
+
+def _active_adapter(model: Any) -> str:
+    """Name of the one adapter that is on."""
+    status = import_peft().get_model_status(model)
+    if status.enabled is not True:
+        raise ValueError("The adapter is disabled, so that a reload would differ. Enable it in all layers first.")
+    if status.active_adapters == "irregular" or len(status.active_adapters) != 1:
+        raise ValueError(f"One active adapter can be saved, but these are: {status.active_adapters}.")
+    return status.active_adapters[0]
 
 
 def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
@@ -166,7 +182,7 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
         check_base_unchanged(gem.base, gem.source, gem.freeze_base)
     _remove_leftovers(folder, gem.source.folder)
     if gem.freeze_base and gem.save_base:
-        copy_base(gem.model, gem.source.folder, folder, **kwargs)
+        copy_base(gem.model, gem.source, folder, **kwargs)
     elif not is_adapter:
         _save_model(gem, folder, **kwargs)
     if gem.save_base and gem.mode != "lora":
@@ -190,7 +206,7 @@ def _save_model(gem: Any, folder: Path, **kwargs: Any) -> None:
     """
     is_resumable = any(CHECKPOINT.match(name) for name in (folder.name, folder.parent.name))
     with contextlib.nullcontext() if is_resumable else gem.as_saved("cpu"):
-        gem.model.save_pretrained(folder, **kwargs)
+        save_model(gem.model, gem.source, folder, **kwargs)
 
 
 def _remove_leftovers(folder: Path, base_folder: Path) -> None:
@@ -221,12 +237,7 @@ def _require_versions(config_path: Path) -> None:
 def _save_adapter(gem: Any, folder: Path) -> None:
     """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""
     peft, model = import_peft(), gem.gem_model
-    status = peft.get_model_status(model)
-    if status.enabled is not True:
-        raise ValueError("The adapter is disabled, so that a reload would differ. Enable it in all layers first.")
-    if status.active_adapters == "irregular" or len(status.active_adapters) != 1:
-        raise ValueError(f"One active adapter can be saved, but these are: {status.active_adapters}.")
-    name = status.active_adapters[0]
+    name = _active_adapter(model)
     folder.mkdir(parents=True, exist_ok=True)
     lora = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     lora = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in lora.items()}
