@@ -209,6 +209,28 @@ class StagedPass:
         return moved, is_text.gather(1, order)
 
 
+@torch.no_grad()
+def check_append(base: GemBase, append: AppendPass) -> None:
+    """Put GEM tokens behind a short text, as embeddings that are no token's and with a LoRA on them.
+
+    Raises:
+        ValueError: If the model does not take them so, e.g. because it looks up more than one embedding by a token's id.
+    """
+    if base.attention not in ("eager", "sdpa"):
+        return  # FlashAttention cannot be run yet, and flex_attention would compile for shapes of its own
+    ids, past = base.probe(0, 1, 2), DynamicCache()
+    try:
+        with Evaluating(base.model), Evaluating(append.model):
+            base.run(past, input_ids=ids)
+            append(past, torch.ones_like(ids).bool(), torch.tensor([ids.shape[1]], device=ids.device))
+    except REFUSALS as error:
+        raise ValueError(
+            f"{base.model.config.model_type} does not run GEM tokens beside a frozen base, where they are embeddings "
+            f"without an id, and a LoRA works on them: {error}. Use freeze_base=False, or, where a layer takes no "
+            'LoRA, others by lora_kwargs={"target_modules": [...]}.'
+        ) from error
+
+
 def pack_texts(lengths: Tensor, width: int) -> Tensor:
     """Put short texts into one row each of no more than ``width`` tokens, the longest first, where they fit first.
 

@@ -54,7 +54,7 @@ from .gem_files import is_local
 from .gem_generator import Generator, Reader
 from .gem_language import LanguageMethods
 from .gem_mask import Rows
-from .gem_passes import AppendPass, CausalPass, PackedPass, StagedPass
+from .gem_passes import AppendPass, CausalPass, PackedPass, StagedPass, check_append
 from .gem_probes import probe_base
 from .gem_sharding import Gathered, value_of
 from .gem_tokens import GemTokens, claim_gem_tokens, draw_gem_rows, write_gem_rows
@@ -186,6 +186,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             add_lora(self.gem_model, import_peft().LoraConfig(**lora_options(base, lora_rank, lora_kwargs)))
         if num_gem_tokens > 1 or freeze_base:
             self.require_attention_mask()
+        if freeze_base:
+            check_append(base, append)
         self.register_load_state_dict_pre_hook(keep_quantized_weights)
         self.source.num_writes = base.num_writes()
         # `SentenceTransformer.add_adapter` ends up here.
