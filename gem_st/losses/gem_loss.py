@@ -220,7 +220,7 @@ class GemLoss(nn.Module):
             self._check_trainer(trainer)
 
     def _check_trainer(self, trainer: BaseTrainer) -> None:
-        """Raise if there is something in the model, the data or the batch size that cannot be trained with, or saved."""
+        """Raise if something in the model, the data or the batch size cannot be trained with, or not be saved."""
         (gem,) = self._gem
         check_writable(gem)
         if gem.mode == "lora" and not any(p.requires_grad for p in gem.model.get_input_embeddings().parameters()):

@@ -136,8 +136,8 @@ def check_base_unchanged(base: GemBase, source: BaseSource, is_frozen: bool) -> 
 def save_model(model: Any, source: BaseSource, folder: Path, **kwargs: Any) -> None:
     """Write a language model as its base was published, whatever a trainer set in its configuration.
 
-    Generation configurations are not checked: published ones, such as that of Llama 2, may have options that go together
-    with sampling only, and GEM adds its own to them, whereupon transformers would refuse to write them after training.
+    Generation configurations are not checked: published ones, such as that of Llama 2, may have options that belong to
+    sampling only, and GEM adds its own to them, whereupon transformers would refuse to write them after a training.
 
     Args:
         model: The ``*ForCausalLM``.

@@ -97,6 +97,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         ValueError: If a setting is out of range, the model is not a causal decoder with an attention that can be
             masked as K asks for, weights are missing, tokenizer and model do not fit each other, or a GEM checkpoint
             was saved with other settings.
+        FloatingPointError: If hidden states are not finite in the data type that was asked for.
 
     Attributes, beside those of :class:`GemParts`:
         save_base: Whether checkpoints hold the base beside an adapter, or only name it; True by default.

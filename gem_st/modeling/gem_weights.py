@@ -24,8 +24,8 @@ class WeightsId:
     """A number of what a model computes keys and values from: its weights, and which adapters are on.
 
     It is of every byte of them, the same on any device, whether gradients are taken or not, and does not depend on the
-    output head. It is computed anew once the weights are written to or moved, or a sample of them, which is looked at on
-    every call, is another one. That an accelerator is waited for is spared where no weight takes gradients.
+    output head. It is computed anew once weights are written to or moved, or a sample of them, which is looked at on
+    every call, is another one; on an accelerator, which has to be waited for, only where some take gradients.
     """
 
     def __init__(self) -> None:

@@ -110,7 +110,7 @@ def test_caches_of_versions_before_are_refused_with_a_reason(make_model, tmp_pat
     cache = gem.prefill(TEXTS)
     cache.weights_tag -= 1  # it was computed otherwise
     cache.save(tmp_path / "cache.safetensors")
-    with pytest.raises(ValueError, match="or by a version before 0.2"):
+    with pytest.raises(ValueError, match=r"or by a version before 0\.2"):
         gem.summarize(GemCache.load(tmp_path / "cache.safetensors"))
 
 
