@@ -29,8 +29,12 @@ REQUIREMENTS = {"sentence-transformers": ">=6.0", "transformers": ">=5.4", "torc
 """What Sentence Transformers checks before it loads a checkpoint."""
 
 CONFIG_FILE, CODE_FILE, ADAPTER_FOLDER = "gem_config.json", "gem_st.py", "gem_adapter"
+ST_CONFIG = "config_sentence_transformers.json"
 CODE_NAME = re.compile(r"gem_\w+\.py")
 """Names of the files of code in a checkpoint; a base with code of its own has others."""
+
+ROUTED = re.compile(r"_\d+_GemTransformer$")
+"""Names of the folders of modules within a Router."""
 
 CHECKPOINT = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 """Names of the folders that a trainer resumes from."""
@@ -192,11 +196,18 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
     if is_adapter:
         _save_adapter(gem, folder / ADAPTER_FOLDER)
     gem.save_config(str(folder))
-    _require_versions(folder / "config_sentence_transformers.json")
+    root = root_of(folder)
+    _require_versions(root / ST_CONFIG)
     for name, file in code_files(entry).items():
-        target = folder / name
+        target = root / name
         if not target.exists() or not target.samefile(file):
             shutil.copyfile(file, target)
+
+
+def root_of(folder: Path) -> Path:
+    """The folder in which code is looked for: of a module within a Router it is the whole checkpoint's."""
+    is_routed = ROUTED.search(folder.name)
+    return next((f for f in list(folder.parents)[:2] if is_routed and (f / ST_CONFIG).exists()), folder)
 
 
 def _save_model(gem: Any, folder: Path, **kwargs: Any) -> None:
