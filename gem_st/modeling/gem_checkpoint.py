@@ -254,7 +254,7 @@ def _save_adapter(gem: Any, folder: Path) -> None:
     lora = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in lora.items()}
     save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(model.peft_config[name])
-    config.base_model_name_or_path = gem.get_config_dict().get("base_model_name_or_path")
+    config.base_model_name_or_path = gem.settings().get("base_model_name_or_path")
     config.inference_mode = True
     if isinstance(config.target_modules, set):  # which json would write in another order each time
         config.target_modules = sorted(config.target_modules)

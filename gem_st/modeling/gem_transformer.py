@@ -7,6 +7,7 @@ sentence_transformers, and each other only.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -205,20 +206,23 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Settings written to ``gem_config.json``; with them a reload is exact."""
-        save_base = self.save_base and not self.has_adapter
-        hashes = hash_code(__file__)
-        settings = {
-            **super().get_config_dict(),
-            "logit_scale": value_of(self.logit_scale),
-            "save_base": save_base,
-            "remote_code": hashes,
-            "remote_code_sha256": hash_files(hashes),
-        }
-        if save_base and is_local(self.base_model_name_or_path):
+        """What two models of one recipe have in common, so that they can be merged."""
+        return {**super().get_config_dict(), "save_base": self.save_base and not self.has_adapter}
+
+    def settings(self) -> dict[str, Any]:
+        """All that ``gem_config.json`` holds; with it a reload is exact."""
+        settings, hashes = self.get_config_dict(), hash_code(__file__)
+        settings |= {"logit_scale": value_of(self.logit_scale)}
+        settings |= {"remote_code": hashes, "remote_code_sha256": hash_files(hashes)}
+        if settings["save_base"] and is_local(self.base_model_name_or_path):
             return settings  # a folder of this machine is nobody's business
         names = ("base_model_name_or_path", "base_model_revision")
         return {**settings, **{name: getattr(self, name) for name in names}}
+
+    def save_config(self, output_path: str, filename: str | None = None) -> None:
+        """Write :meth:`settings` into a folder, as ``gem_config.json`` by default."""
+        text = json.dumps(self.settings(), indent=4)
+        Path(output_path, filename or self.config_file_name).write_text(text, encoding="utf-8")
 
     def train(self, mode: bool = True) -> GemTransformer:
         """Set training mode; a frozen base stays in evaluation mode, so that what it computes never changes."""
