@@ -21,6 +21,7 @@ from ..cards.card_data import CITATION, use_gem_card
 from ..checkpoints import last_checkpoint
 from ..finding import require_gem
 from ..modeling.gem_checkpoint import check_writable
+from ..modeling.gem_parts import LAUNCH
 from .contrastive import find_same_texts, info_nce, text_keys
 from .dataset_checks import StreamCheck, check_dataset, is_stream, warn_of_truncation
 from .next_token import check_output_head
@@ -223,6 +224,11 @@ class GemLoss(nn.Module):
     def _check_trainer(self, trainer: BaseTrainer) -> None:
         """Raise if something in the model, the data or the batch size cannot be trained with, or not be saved."""
         (gem,) = self._gem
+        if trainer.args.n_gpu > 1:
+            raise ValueError(
+                f"The trainer sees {trainer.args.n_gpu} GPUs and no launcher, and would wrap the model in "
+                f"nn.DataParallel, in which it does not run. {LAUNCH}"
+            )
         check_writable(gem)
         if gem.mode == "lora" and not any(p.requires_grad for p in gem.model.get_input_embeddings().parameters()):
             raise ValueError(

@@ -7,15 +7,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .gem_base import GemBase
+from .gem_base import GemBase, backbone_of
 from .gem_dtypes import WeightTypes
 from .gem_embedder import Embedder
 from .gem_files import BaseSource
 from .gem_generator import Generator, Reader
 from .gem_probes import BaseFacts, require_attention_mask
 from .gem_tokens import GemTokens
+
+LAUNCH = (
+    "Start the training with `accelerate launch`, which gives each GPU a process of its own (docs/distributed.md), or "
+    "show it one GPU: CUDA_VISIBLE_DEVICES=0."
+)
+"""What to do where a trainer sees several GPUs."""
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Where torch.compile, FSDP and activation checkpointing keep the model they wrap."""
+
+
+def check_model(model: Any) -> None:
+    """Raise if something cannot stand in for a base's language model, such as a wrapper that hides it."""
+    for name in WRAPPERS:
+        model = getattr(model, name, model)
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
+        return
+    raise ValueError(
+        f"model[0].model has to be a language model of transformers with its head, or torch.compile of one, but got "
+        f"{type(model).__name__}. For a LoRA, use model.add_adapter(LoraConfig(...)) on the SentenceTransformer; for "
+        "several GPUs, `accelerate launch`."
+    )
 
 
 class GemParts(nn.Module):
@@ -54,11 +76,33 @@ class GemParts(nn.Module):
     _weight_types: WeightTypes
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Have the parts run the model that is set, e.g. one that torch.compile made of it."""
+        """Have the parts run the model that is set, e.g. one that torch.compile made of it.
+
+        Raises:
+            ValueError: If it is no language model of transformers, or :attr:`auto_model` is to be set.
+        """
+        if name == "auto_model":
+            raise ValueError("auto_model is a part of model[0].model. Set that, e.g. to torch.compile(model[0].model).")
+        if name in ("model", "adapter_model"):
+            check_model(value)
         super().__setattr__(name, value)
         if name in ("model", "adapter_model") and "embedder" in vars(self):
             self.base.model = self._weight_types.model = self.model
             self.embedder.append.model = self.gem_model
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse nn.DataParallel, whose replicas would be threads that share the parts."""
+        raise ValueError(f"A GEM module does not run in nn.DataParallel. {LAUNCH}")
+
+    @property
+    def auto_model(self) -> Any:
+        """The model without its head, under the name that Sentence Transformers' own Transformer has for it."""
+        return backbone_of(self.model)
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
