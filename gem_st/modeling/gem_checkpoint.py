@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,8 +54,15 @@ def check_options(num_gem_tokens: int, pooling: str, has_place_for_lora: bool) -
         raise ValueError(f"pooling must be one of {POOLING_MODES}, got {pooling!r}.")
 
 
-def check_saved_settings(model_name_or_path: str, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise if a GEM checkpoint was saved with other settings than are asked for."""
+def check_saved_settings(
+    model_name_or_path: str, saved: dict[str, Any], asked: dict[str, Any], lora: Sequence[Any] = ()
+) -> None:
+    """Raise if a GEM checkpoint was saved with other settings than are asked for, or it is its LoRA's that are."""
+    if saved and any(option is not None for option in lora):
+        raise ValueError(
+            f"{model_name_or_path} is a GEM checkpoint, whose LoRA has the settings it was saved with. Leave out "
+            "lora_rank and lora_kwargs."
+        )
     for key, value in asked.items():
         if saved and saved.setdefault(key, False) != value:
             raise ValueError(
@@ -62,6 +70,17 @@ def check_saved_settings(model_name_or_path: str, saved: dict[str, Any], asked: 
                 f"{key}={value!r} was asked for. Pass {key}={saved[key]!r}, or load it with "
                 f"SentenceTransformer({str(model_name_or_path)!r}, trust_remote_code=True)."
             )
+
+
+def check_load_options(options: Collection[str]) -> None:
+    """Raise if one of them is an option of the constructor, which a checkpoint is not asked."""
+    if names := sorted(
+        {*options} & {"max_seq_length", "num_gem_tokens", "pooling", "freeze_base", "processing_kwargs"}
+    ):
+        raise ValueError(
+            f"A checkpoint is loaded with its own settings, but {names} were given. Set max_seq_length on the model; "
+            "pass the others to the constructor, which checks them."
+        )
 
 
 class FoundBase(NamedTuple):
@@ -195,7 +214,7 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
         gem.save_tokenizer(str(folder))
     if is_adapter:
         _save_adapter(gem, folder / ADAPTER_FOLDER)
-    gem.save_config(str(folder))
+    (folder / CONFIG_FILE).write_text(json.dumps(gem.settings(), indent=4), encoding="utf-8")
     root = root_of(folder)
     _require_versions(root / ST_CONFIG)
     for name, file in code_files(entry).items():

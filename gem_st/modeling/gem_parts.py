@@ -26,6 +26,30 @@ LAUNCH = (
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Where torch.compile, FSDP and activation checkpointing keep the model they wrap."""
 
+IGNORED, DONE = ("task", "modality"), {"truncation": True, "padding": True, "return_attention_mask": True}
+"""Options of `preprocess` that say nothing of texts, and those of tokenizers that are done in any case."""
+
+
+def max_length_of(
+    max_length: int | None, processing_kwargs: dict[str, dict[str, Any]] | None, others: dict[str, Any]
+) -> int | None:
+    """The number of tokens in a row that is asked for, by one of two names.
+
+    Raises:
+        ValueError: If something else is asked for, which would be ignored.
+    """
+    asked = {name: value for name, value in others.items() if name not in IGNORED and value is not None}
+    text = dict((processing_kwargs or {}).get("text") or {})
+    asked |= {name: value for name, value in (processing_kwargs or {}).items() if name != "text" and value}
+    asked |= {name: value for name, value in text.items() if name != "max_length" and value is not DONE.get(name)}
+    given = max_length if max_length is not None else text.get("max_length")
+    if asked or text.get("max_length", given) != given:
+        raise ValueError(
+            f"Texts are truncated and padded, and GEM tokens put behind them, in one way; of options there is "
+            f'max_length, or processing_kwargs={{"text": {{"max_length": ...}}}}, but {asked or text} were given.'
+        )
+    return given
+
 
 def check_model(model: Any) -> None:
     """Raise if something cannot stand in for a base's language model, such as a wrapper that hides it."""
@@ -177,9 +201,11 @@ class GemParts(nn.Module):
 
     def _num_places(self, max_length: int | None) -> int:
         """Tokens of text in a row of so many, by default of :attr:`max_seq_length`."""
-        if max_length is not None and max_length <= self.num_gem_tokens + 1:
+        least, most = self.num_gem_tokens + 1, self.base.context
+        if max_length is not None and not (isinstance(max_length, int) and least < max_length <= most):
             raise ValueError(
-                f"max_length={max_length} must be more than num_gem_tokens + 1 = {self.num_gem_tokens + 1}."
+                f"max_length={max_length!r} must be more than num_gem_tokens + 1 = {least}, and at most the model's "
+                f"context of {most} tokens."
             )
         return (self.max_seq_length if max_length is None else max_length) - self.num_gem_tokens
 
