@@ -124,8 +124,8 @@ def check_base_unchanged(base: GemBase, source: BaseSource, is_frozen: bool) -> 
     is_touched |= any(weight.requires_grad for weight in base.model.parameters())
     for name, stored, rows in read_weights(source.folder, sample=not is_touched):
         weight = weights.get(name)
-        if weight is None or id(weight) in skipped or not weight.is_floating_point():
-            continue  # quantised, or named otherwise in memory
+        if weight is None or weight.is_meta or id(weight) in skipped or not weight.is_floating_point():
+            continue  # quantised, on the disk, or named otherwise in memory
         if weight[rows].shape == stored.shape and not torch.equal(weight[rows].cpu(), stored.to(weight.dtype)):
             raise ValueError(
                 f"The base's weight {name} was changed after loading, so that an adapter saved for "

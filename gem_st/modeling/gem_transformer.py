@@ -60,6 +60,7 @@ from .gem_passes import AppendPass, CausalPass, PackedPass, StagedPass, check_ap
 from .gem_probes import probe_base
 from .gem_sharding import Gathered, value_of
 from .gem_tokens import GemTokens, claim_gem_tokens, draw_gem_rows, write_gem_rows
+from .gem_weights import check_places
 
 logger = logging.get_logger(__name__)
 
@@ -159,6 +160,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         self.base_model_name_or_path = found.name
         self.source, self.base_model_revision = locate(found, base, hub_kwargs)
         base.check_vocabulary(found.load_from, saved["gem_token_ids"] if saved and has_all_rows else ())
+        writes_rows = not freeze_base and not (saved and self.save_base)
+        check_places(base.model, found.load_from, freeze_base, writes_rows)
         facts = self.facts = probe_base(base, found.load_from)
         if freeze_base:
             facts.require_cache()
@@ -174,7 +177,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             max_seq_length = saved.get("max_seq_length")
         self.max_seq_length = max_seq_length
         self.logit_scale = nn.Parameter(torch.tensor([saved.get("logit_scale", math.log(20.0))]))
-        if not freeze_base and not (saved and self.save_base):
+        if writes_rows:
             write_gem_rows(base, ids, source)
         if freeze_base:
             self._freeze()

@@ -85,6 +85,26 @@ def bytes_of(tensor: Tensor) -> bytes:
     return tensor.view(torch.uint8).cpu().numpy().tobytes()
 
 
+def check_places(model: Any, name: str, is_frozen: bool, writes_rows: bool) -> None:
+    """Raise if weights that have to be in memory are not, as `device_map` may put some on the disk.
+
+    Args:
+        model: The ``*ForCausalLM``.
+        name: What it was loaded from.
+        is_frozen: Whether a second model is to be made of the same weights.
+        writes_rows: Whether rows of the GEM tokens are to be written.
+    """
+    needed = [model.get_input_embeddings(), *([model.get_output_embeddings()] if writes_rows else [])]
+    parts = [model] if is_frozen else needed
+    held = {id(tensor) for part in parts for tensor in part.parameters() if tensor.is_meta}
+    if missing := [path for path, tensor in model.named_parameters() if id(tensor) in held]:
+        why = "Beside a frozen base all weights" if is_frozen else "Embeddings, and the head of a new model,"
+        raise ValueError(
+            f"{why} have to be in memory, but device_map leaves out {len(missing)} of {name}, such as {missing[0]}. "
+            "Place them on a device, or leave out device_map."
+        )
+
+
 def _hash_weights(held: list[Held], adapters: str) -> int:
     """Seven bytes of a hash."""
     digest = hashlib.sha256(adapters.encode())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
-from gem_st import GemCache
+from gem_st import GemCache, GemTransformer
 from gem_st.modeling.gem_weights import sum_words
 
+PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 TEXTS = ["It rained all day.", "He plays the violin every evening after work."]
 
 
@@ -126,3 +128,56 @@ def test_sums_of_words_are_of_every_byte(dtype, size):
         other = tensor.clone()
         other[index] = 1 - other[index].int()
         assert not torch.equal(sums, sum_words(other)), index
+
+
+@pytest.fixture
+def load_with(make_base, tmp_path):
+    """Function that loads a base with some of its parts on the disk."""
+
+    def load(on_disk: tuple[str, ...], base=None, **options):
+        pytest.importorskip("accelerate")
+        places = {part: "disk" if part in on_disk else "cpu" for part in PARTS}
+        torch.manual_seed(0)
+        kwargs = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+        gem = GemTransformer(str(base or make_base()), model_kwargs=kwargs if on_disk else {}, **options)
+        return SentenceTransformer(modules=[gem])
+
+    return load
+
+
+@pytest.mark.parametrize("num_gem_tokens", [1, 3])
+@pytest.mark.parametrize("on_disk", [("model.layers.1",), ("model.layers.0", "model.layers.1", "model.norm")])
+def test_layers_on_the_disk_are_weights_as_any(load_with, tmp_path, num_gem_tokens, on_disk):
+    whole, model = (load_with(parts, num_gem_tokens=num_gem_tokens) for parts in ((), on_disk))
+    assert any(weight.is_meta for weight in model.parameters())
+    expected = whole.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(model.encode(TEXTS, convert_to_tensor=True), expected)
+    gem = model[0]
+    cache = gem.prefill(TEXTS)
+    torch.testing.assert_close(gem.summarize(cache), expected, atol=1e-5, rtol=1e-4)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert gem.generate(cache=cache, **options) == whole[0].generate(TEXTS, **options)
+    whole[0].summarize(cache)  # it is of the same weights
+    with torch.no_grad():
+        whole[0].model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="made by other weights"):
+        whole[0].summarize(cache)
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        model.save_pretrained(str(tmp_path / "saved"))
+    again = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(again.encode(TEXTS, convert_to_tensor=True), expected)
+    saved = load_with((*on_disk, "lm_head"), tmp_path / "saved", num_gem_tokens=num_gem_tokens)  # which has its rows
+    torch.testing.assert_close(saved.encode(TEXTS, convert_to_tensor=True), expected)
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "options", "message"),
+    [
+        (("model.layers.1",), {"freeze_base": True}, "Beside a frozen base all weights have to be in memory, .* out 9"),
+        (("lm_head",), {}, r"the head of a new model, have to be in memory, .* such as lm_head\.weight"),
+        (("model.embed_tokens",), {}, r"Embeddings, .* have to be in memory, .* such as model\.embed_tokens\.weight"),
+    ],
+)
+def test_what_has_to_be_in_memory_is_said_when_it_is_not(load_with, on_disk, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_with(on_disk, **options)
