@@ -78,7 +78,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
     """A decoder-only language model that embeds text through GEM tokens, as a Sentence-Transformers module.
 
     ``SentenceTransformer(modules=[GemTransformer("meta-llama/Llama-3.2-1B", num_gem_tokens=4)])`` is an embedder to
-    be trained with :class:`gem_st.GemLoss` or any other loss; ``model[0].generate(...)`` is the generator.
+    be trained with :class:`gem_st.GemLoss` or another loss; ``model[0].generate(...)`` is the generator.
 
     Args:
         model_name_or_path: Hub id or folder of a decoder-only model with a language-model head, or of a GEM

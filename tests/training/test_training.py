@@ -357,3 +357,40 @@ def test_the_rows_of_a_stream_are_checked_as_they_are_trained_on(make_model, tmp
     start([{"text": "a"}] * 4 + [{"text": f"a {index}"} for index in range(116)])  # the same at first
     start([{"text": "sea " * 300}, *({"text": f"a {index}"} for index in range(119))])
     assert "1% of the first 100 texts fill max_seq_length=256 tokens" in warnings_of_transformers.text
+
+
+def test_accumulated_batches_are_a_mean_of_means_and_mini_batches_are_not(make_model, tmp_path):
+    """Which docs/losses.md says of the next-token loss; the reference is autograd on the model's own loss."""
+    texts = ["He.", "A dog.", "It.", "She.", *CORPUS[:4]]  # few targets, then many
+    columns = {"text": texts}
+
+    def gradient(weigh) -> torch.Tensor:
+        model = make_model().train()
+        losses = []
+        for part in (texts[:4], texts[4:]):
+            rows = [torch.tensor(model.tokenizer(text)["input_ids"]) for text in part]
+            own = [model[0].model(input_ids=row[None], labels=row[None]).loss * (len(row) - 1) for row in rows]
+            losses.append((torch.stack(own).sum(), sum(len(row) - 1 for row in rows)))
+        weigh(losses).backward()
+        return model[0].model.lm_head.weight.grad
+
+    def step(**options) -> torch.Tensor:
+        model = make_model()
+        before = model[0].model.lm_head.weight.detach().clone()
+        args = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "save_strategy": "no"}
+        size = options.pop("mini_batch_size", None)
+        SentenceTransformerTrainer(
+            model=model,
+            args=quiet_arguments(tmp_path, **args, **options),
+            train_dataset=Dataset.from_dict(columns).to_iterable_dataset(),  # in this order
+            loss=GemLoss(model, alpha=0.0, plain_ratio=1.0, mini_batch_size=size),
+        ).train()
+        return (before - model[0].model.lm_head.weight.detach()) / 0.1
+
+    whole = gradient(lambda losses: sum(total for total, _ in losses) / sum(num for _, num in losses))
+    means = gradient(lambda losses: sum(total / num for total, num in losses) / 2)
+    assert (whole - means).abs().max() > 1e-2 * whole.abs().max()
+    one_batch, in_parts = (step(per_device_train_batch_size=8, mini_batch_size=size) for size in (None, 4))
+    accumulated = step(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    for result, expected in ((one_batch, whole), (in_parts, whole), (accumulated, means)):
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-3)
