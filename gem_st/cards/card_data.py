@@ -121,7 +121,7 @@ class GemModelCardData(SentenceTransformerModelCardData):
         letters, mask = draw_mask(min(gem.num_gem_tokens, 4))
         citations = {"GEM": CITATION, **{name: text for name, text in self.citations.items() if text != CITATION}}
         return {
-            **gem.get_config_dict(),
+            **gem.settings(),
             "source": SOURCES[gem.gem_token_source],
             "dtype": _other_dtype(gem, mode),
             "version": __version__,

@@ -116,7 +116,7 @@ def _open_repo(
 def _check_source(model: Any, trust_remote_code: bool) -> Any:
     """The folder given, if it is an export in which nothing was changed; otherwise the model, loaded where needed."""
     if not isinstance(model, str | Path):
-        _check_base_is_public(require_gem(model).get_config_dict())
+        _check_base_is_public(require_gem(model).settings())
         return model
     folder = Path(model)
     if not folder.is_dir():

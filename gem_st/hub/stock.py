@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..files import read_json, write_json
 from ..finding import require_gem
+from ..modeling.gem_files import save_model
 
 STOCK_FOLDER = "embedding"
 """Folder of a stock export in which a complete Sentence-Transformers checkpoint lies."""
@@ -55,7 +56,7 @@ def save_stock(model: SentenceTransformer, folder: Path, probe_texts: Sequence[s
         ValueError: If a module or the tokenizer cannot be written in stock form.
     """
     gem, inner = require_gem(model), folder / STOCK_FOLDER
-    gem.model.save_pretrained(folder)
+    save_model(gem.model, gem.source, folder)
     gem.save_tokenizer(str(folder))
     _name_for_older_readers(gem, folder)
     inner.mkdir()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from torch import Tensor
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -18,20 +19,22 @@ NUM_SAMPLED = 1000
 
 
 def check_dataset(
-    dataset: Any, kind: str, takes_labels: bool = False, needs_others: bool = True
+    dataset: Any, kind: str, takes_labels: bool = False, needs_others: bool = True, reads_streams: bool = False
 ) -> list[dict[str, Any]]:
     """Raise if a training or evaluation set cannot be used, before the first step.
 
-    Columns are checked where there is one data set; of several, another loss may use some.
+    Columns are checked where there is one data set; of several, another loss may use some. Rows of a stream are not
+    read, as there may be no reading them again; :class:`StreamCheck` sees them when they are trained on.
 
     Args:
         dataset: A ``Dataset`` or ``IterableDataset``, a dict of them, or None.
         kind: ``"training"`` or ``"evaluation"``.
         takes_labels: Whether the loss takes a column of labels.
         needs_others: Whether a text is to be told from others, those of its own row apart.
+        reads_streams: Whether a stream can be read from its start again.
 
     Returns:
-        The rows looked at, none of a dict of data sets.
+        The rows looked at, none of a stream or a dict of data sets.
 
     Raises:
         ValueError: If it is empty, a column does not hold text, or there is nothing in it to be told apart.
@@ -44,7 +47,7 @@ def check_dataset(
     for column, feature in (getattr(dataset, "features", None) or {}).items():
         if not (takes_labels and column in LABEL_COLUMNS):
             _check_type(column, getattr(feature, "dtype", type(feature).__name__), kind)
-    rows = sample_rows(dataset)
+    rows = sample_rows(dataset) if reads_streams or not is_stream(dataset) else []
     texts = {name: [row[name] for row in rows] for name in rows[0] if name not in LABEL_COLUMNS} if rows else {}
     for column, values in texts.items():
         _check_values(column, values, kind)
@@ -60,9 +63,64 @@ def check_dataset(
     return rows
 
 
+def is_stream(dataset: Any) -> bool:
+    """True for rows that come one after another, perhaps once only."""
+    return not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))
+
+
+class StreamCheck:
+    """What :func:`check_dataset` and :func:`warn_of_truncation` say, of the first rows of a stream as it is trained on.
+
+    Args:
+        gem: The module.
+        needs_others: As :func:`check_dataset` takes it.
+    """
+
+    def __init__(self, gem: Any, needs_others: bool) -> None:
+        self.gem = gem
+        self.needs_others = needs_others
+        self.num_rows = self.num_texts = self.num_full = 0
+        self.rows: set[tuple[tuple[int, ...], ...]] = set()
+
+    def see(self, columns: Sequence[Sequence[Tensor]]) -> None:
+        """Count a batch, and judge once there are enough rows.
+
+        Args:
+            columns: Token ids of the texts of each column. Shape: ``(T_i,)`` each
+
+        Raises:
+            ValueError: If all rows are the same.
+        """
+        num_places = self.gem.max_seq_length - self.gem.num_gem_tokens
+        texts = [text for column in columns for text in column]
+        self.num_rows += len(columns[0])
+        self.num_texts += len(texts)
+        self.num_full += sum(len(text) >= num_places for text in texts)
+        self.rows |= {tuple(tuple(text.tolist()) for text in row) for row in zip(*columns, strict=True)}
+        if not self.is_over:
+            return
+        if self.num_full:
+            logger.warning(
+                f"{self.num_full / self.num_texts:.0%} of the first {self.num_texts} texts fill max_seq_length="
+                f"{self.gem.max_seq_length} tokens, and were truncated if they are longer. Split them, or raise "
+                "model.max_seq_length."
+            )
+        if self.needs_others and len(columns) <= 2 and len(self.rows) == 1:
+            raise ValueError(
+                f"The first {self.num_rows} rows of the stream are all the same, "
+                f"{self.gem.tokenizer.decode(columns[0][0])!r:.60}: there is nothing to tell apart. Check how it was "
+                "made."
+            )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether enough rows were seen."""
+        return self.num_rows >= NUM_SAMPLED // 10
+
+
 def sample_rows(dataset: Any, num_rows: int = NUM_SAMPLED) -> list[dict[str, Any]]:
     """The first rows of a data set, streaming or not; of a streaming one a tenth as many."""
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    if not is_stream(dataset):
         return [dataset[index] for index in range(min(num_rows, len(dataset)))]
     rows: Iterator[dict[str, Any]] = iter(dataset)
     return list(islice(rows, num_rows // 10))

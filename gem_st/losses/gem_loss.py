@@ -20,8 +20,10 @@ from transformers.utils import logging
 from ..cards.card_data import CITATION, use_gem_card
 from ..checkpoints import last_checkpoint
 from ..finding import require_gem
+from ..modeling.gem_checkpoint import check_writable
+from ..modeling.gem_parts import LAUNCH
 from .contrastive import find_same_texts, info_nce, text_keys
-from .dataset_checks import check_dataset, warn_of_truncation
+from .dataset_checks import StreamCheck, check_dataset, is_stream, warn_of_truncation
 from .next_token import check_output_head
 from .objective import RowObjective
 from .plan import RowPlan, check_tasks, check_views, default_token_dropout, plan_rows
@@ -185,6 +187,7 @@ class GemLoss(nn.Module):
         self.mini_batch_size = mini_batch_size
         self.gather_across_devices = gather_across_devices
         self.trainer_link = TrainerLink()
+        self._stream_check: StreamCheck | None = None
         self._gem: tuple[Any] = (gem,)  # a tuple, so that the module is not registered twice
         self._given: dict[str, Any] = {"plain_ratio": plain_ratio, "alpha": alpha}
         self.tasks = None if tasks is None else tuple(tasks)
@@ -219,29 +222,41 @@ class GemLoss(nn.Module):
             self._check_trainer(trainer)
 
     def _check_trainer(self, trainer: BaseTrainer) -> None:
-        """Raise if there is something in the adapter, the data or the batch size that cannot be trained with."""
+        """Raise if something in the model, the data or the batch size cannot be trained with, or not be saved."""
         (gem,) = self._gem
+        if trainer.args.n_gpu > 1:
+            raise ValueError(
+                f"The trainer sees {trainer.args.n_gpu} GPUs and no launcher, and would wrap the model in "
+                f"nn.DataParallel, in which it does not run. {LAUNCH}"
+            )
+        check_writable(gem)
         if gem.mode == "lora" and not any(p.requires_grad for p in gem.model.get_input_embeddings().parameters()):
             raise ValueError(
                 "The LoRA leaves the embeddings of the GEM tokens untrained. model.add_adapter(LoraConfig(...)) on the "
                 "SentenceTransformer adds one that trains them."
             )
-        has_negatives = self.inner is not None or self.alpha == 0
-        options = {"takes_labels": self.inner is not None, "needs_others": not has_negatives}
+        options = {"takes_labels": self.inner is not None, "needs_others": self._needs_others}
         rows = check_dataset(trainer.train_dataset, "training", **options)
         check_dataset(trainer.eval_dataset, "evaluation", **options)
+        is_streamed = not isinstance(trainer.train_dataset, dict) and is_stream(trainer.train_dataset)
+        self._stream_check = StreamCheck(gem, self._needs_others) if is_streamed else None
         warn_of_truncation(gem, rows)
         columns = getattr(trainer.train_dataset, "column_names", None)
         if isinstance(columns, list):  # of several data sets, each may have its own loss
             check_columns(self.tasks or (), columns)
         self._check_batch_size(trainer)
 
+    @property
+    def _needs_others(self) -> bool:
+        """Whether a text is to be told from others."""
+        return self.inner is None and self.alpha != 0
+
     def _check_batch_size(self, trainer: BaseTrainer) -> None:
         """Raise if a batch of one has nothing to be told from: hard negatives, or texts of other processes."""
         columns = getattr(trainer.train_dataset, "column_names", None) or ()
         has_others = len(columns) > 2 or isinstance(columns, dict)
         has_others = has_others or (self.gather_across_devices and trainer.args.world_size > 1)
-        if trainer.args.per_device_train_batch_size > 1 or has_others or self.alpha == 0 or self.inner is not None:
+        if trainer.args.per_device_train_batch_size > 1 or has_others or not self._needs_others:
             return
         raise ValueError(
             "In batches of one text there are no negatives to tell it from. Raise per_device_train_batch_size "
@@ -305,6 +320,8 @@ class GemLoss(nn.Module):
         with torch.no_grad():
             gem.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
         columns = self._build_columns(sentence_features, plan, labels is not None)
+        if gem.training and self._stream_check is not None and not self._stream_check.is_over:
+            self._stream_check.see(self._split(sentence_features))
         embeddings, ntp, scale = self._embed(columns)
         if self.inner is None:
             contrastive = self._info_nce(columns, embeddings, scale)
@@ -327,7 +344,7 @@ class GemLoss(nn.Module):
         """Make the rows of each column; of one without labels, which belong to whole texts, a second view as well."""
         (gem,) = self._gem
         generator = None if gem.training else torch.Generator().manual_seed(0)
-        texts = [split_rows(f["input_ids"], f["attention_mask"], gem.gem_token_ids) for f in sentence_features]
+        texts = self._split(sentence_features)
         suffixes = None
         check_columns(plan.tasks, len(texts))
         if takes_pairs(plan.tasks):
@@ -344,6 +361,11 @@ class GemLoss(nn.Module):
             views = self.build_views(prefixes, generator, crops)
             columns.append(_Column(views, prefixes if crops is None else whole, columns[0].others))
         return columns
+
+    def _split(self, sentence_features: list[dict[str, Any]]) -> list[list[Tensor]]:
+        """Token ids of the texts of each column, without padding and GEM tokens. Shape: ``(T_i,)`` each"""
+        ids = self._gem[0].gem_token_ids
+        return [split_rows(features["input_ids"], features["attention_mask"], ids) for features in sentence_features]
 
     def _draw_crops(
         self, texts: Sequence[Tensor], generator: torch.Generator | None

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..modeling.gem_base import Evaluating, GemBase, output_logits
 from ..modeling.gem_mask import MASKED_ATTENTION
+from ..modeling.gem_probes import require_finite
 
 LOGITS_BUDGET = 2**26
 """Logits above this many elements (256 MiB in float32) are not built at once by :func:`next_token_loss`."""
@@ -76,13 +77,16 @@ def check_output_head(base: GemBase) -> None:
 
     Raises:
         ValueError: If the model does more to its logits than the head and the known factors and caps.
+        FloatingPointError: If hidden states or loss are not finite.
     """
     if base.attention not in MASKED_ATTENTION:
         return
     ids = base.probe(0, 1, 2, 3)
     with Evaluating(base.model):
         expected = base.model(input_ids=ids, labels=ids, use_cache=False).loss
-        result = next_token_loss(base.states(ids), ids, base.model.get_output_embeddings(), base.config)
+        states = base.states(ids)
+        result = next_token_loss(states, ids, base.model.get_output_embeddings(), base.config)
+    require_finite(states, expected.to(states.dtype))
     if not torch.allclose(result.float(), expected.float(), rtol=1e-2):
         raise ValueError(
             f"The next-token loss of {base.model.config.model_type} is {expected:.3f} nats by the model itself, "

@@ -15,7 +15,7 @@ from typing import Any
 from sentence_transformers.base.trainer import BaseTrainer
 from torch import nn
 
-from .dataset_checks import LABEL_COLUMNS, sample_rows
+from .dataset_checks import LABEL_COLUMNS
 from .rows import PAIR_TASKS
 
 OTHER_COLUMNS = (*LABEL_COLUMNS, "dataset_name")
@@ -99,5 +99,4 @@ def _names_of(dataset: Any, losses: Any, loss: nn.Module) -> Iterator[tuple[str,
         is_of_other = isinstance(losses, dict) and name in losses and loss not in set(losses[name].modules())
         if part is None or is_of_other:
             continue
-        columns = getattr(part, "column_names", None) or next(iter(sample_rows(part, 10)), ())
-        yield tuple(column for column in columns if column not in OTHER_COLUMNS)
+        yield tuple(column for column in getattr(part, "column_names", None) or () if column not in OTHER_COLUMNS)

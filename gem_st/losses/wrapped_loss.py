@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 MODEL_NAMES = ("model", "sentence_embedder")
 """Names under which losses of Sentence Transformers hold the model they train."""
-NEED_MORE_THAN_EMBEDDINGS = (
-    losses.AdaptiveLayerLoss,
-    losses.ContrastiveTensionLoss,
-    losses.ContrastiveTensionLossInBatchNegatives,
-    losses.DenoisingAutoEncoderLoss,
-    losses.Matryoshka2dLoss,
-)
+NEED_MORE_THAN_EMBEDDINGS = {
+    losses.ContrastiveTensionLoss: "Train with it alone, or beside GemLoss in a dict of data sets and losses.",
+    losses.ContrastiveTensionLossInBatchNegatives: "Train with it alone, or beside GemLoss in a dict of losses.",
+    losses.DenoisingAutoEncoderLoss: "GemLoss(tasks=['reconstruction']) has the model write texts back.",
+}
+"""Losses that need copies or tokens of the model, and what to do instead."""
 
 
 class Embedded(nn.Module):
@@ -84,10 +83,9 @@ def give_embeddings_to(inner: nn.Module, model: SentenceTransformer) -> None:
         name = getattr(inner, "__name__", type(inner).__name__)
         raise ValueError(f"inner must be a loss of Sentence Transformers made with the model, got {name}.")
     for module in inner.modules():
-        if isinstance(module, NEED_MORE_THAN_EMBEDDINGS):
+        if advice := NEED_MORE_THAN_EMBEDDINGS.get(type(module)):
             raise ValueError(
-                f"{type(module).__name__} needs layers, copies or tokens of the model, and can be no `loss` of "
-                "GemLoss. Train with it alone, or beside GemLoss in a dict of data sets and losses."
+                f"{type(module).__name__} needs copies or tokens of the model: it can be no `loss` of GemLoss. {advice}"
             )
     places = [
         (module, name, child)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .gem_cache import GemCache, GemMemory, cache_name, expand_rows
 from .gem_mask import gem_attention_mask, gem_position_ids
 from .gem_text import TextCodec
+from .gem_weights import WeightsId, count_writes
 
 
 class GemBase:
@@ -28,7 +28,7 @@ class GemBase:
     def __init__(self, model: Any, text: TextCodec) -> None:
         self.model = model
         self.text = text
-        self._weights_id: tuple[Any, int] | None = None
+        self._weights_id = WeightsId()
 
     @classmethod
     def load(
@@ -142,8 +142,8 @@ class GemBase:
         """Raise if it was made by other weights."""
         if bool((cached.weights_tag != self.weights_id()).any()):
             raise ValueError(
-                "The cache was made by other weights than the model's: by another model, or before training. Read the "
-                "texts again."
+                "The cache was made by other weights than the model's: by another model, before training, with another "
+                "adapter on, or by a version before 0.2, which told weights apart otherwise. Read the texts again."
             )
 
     def check_vocabulary(self, model_name_or_path: str, gem_token_ids: Sequence[int] = ()) -> None:
@@ -176,31 +176,26 @@ class GemBase:
 
     def num_writes(self) -> int:
         """A number that grows whenever the weights are changed in place."""
-        return sum(0 if weight.is_inference() else weight._version for weight in self.model.parameters())
+        return sum(count_writes(weight) for weight in self.model.parameters())
 
     def weights_id(self) -> int:
-        """A number that tells these weights from others, of a sample of their values.
+        """A number that tells the weights that make keys and values from others, see :class:`WeightsId`."""
+        return self._weights_id(backbone_of(self.model))
 
-        On an accelerator, which has to be waited for, it is taken once while nothing is written to them and none takes
-        gradients. What is written by way of ``weight.data`` is not counted there.
-        """
-        weights = list(self.model.parameters())
-        trained = [weight for weight in weights if weight.requires_grad]
-        is_cached = not trained and self.model.device.type != "cpu"
-        state = (self.num_writes(), self.model.dtype, *map(Tensor.data_ptr, weights)) if is_cached else None
-        if state is not None and self._weights_id is not None and self._weights_id[0] == state:
-            return self._weights_id[1]
-        chosen = [*weights[:: max(1, len(weights) // 16)], *trained[:: max(1, len(trained) // 16)]]
-        flat = [weight.detach().flatten() for weight in chosen]
-        sample = torch.cat([weight[:: max(1, len(weight) // 16)][:16].float() for weight in flat]).cpu()
-        number = int.from_bytes(hashlib.sha256(sample.numpy().tobytes()).digest()[:7], "big")
-        self._weights_id = (state, number)
-        return number
+
+def backbone_of(model: Any) -> Any:
+    """A model without its language-model head."""
+    for backbone in (model.base_model, model.get_decoder()):
+        if backbone is not model:
+            return backbone
+    embeddings = model.get_input_embeddings()
+    parts = (part for part in model.children() if isinstance(part, PreTrainedModel))
+    return next((part for part in parts if part.get_input_embeddings() is embeddings), model)
 
 
 def run_backbone(model: Any, past: DynamicCache | None = None, **inputs: Any) -> Tensor:
     """Run a model without its language-model head; a cache is read, and written to. Shape: ``(B, T, D)``"""
-    backbone = model.get_decoder() if model.base_model is model else model.base_model
+    backbone = backbone_of(model)
     if past is None:
         return backbone(use_cache=False, **inputs).last_hidden_state
     num_past = past.get_seq_length()

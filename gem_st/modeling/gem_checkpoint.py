@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from transformers.utils import cached_file, logging
 
 from .gem_adapter import add_lora, import_peft
 from .gem_base import GemBase
-from .gem_files import BaseSource, check_base_unchanged, copy_base, fingerprint_base, is_local
+from .gem_files import BaseSource, check_base_unchanged, copy_base, fingerprint_base, is_local, save_model
 from .gem_tokens import POOLING_MODES
 
 logger = logging.get_logger(__name__)
@@ -29,8 +30,12 @@ REQUIREMENTS = {"sentence-transformers": ">=6.0", "transformers": ">=5.4", "torc
 """What Sentence Transformers checks before it loads a checkpoint."""
 
 CONFIG_FILE, CODE_FILE, ADAPTER_FOLDER = "gem_config.json", "gem_st.py", "gem_adapter"
+ST_CONFIG = "config_sentence_transformers.json"
 CODE_NAME = re.compile(r"gem_\w+\.py")
 """Names of the files of code in a checkpoint; a base with code of its own has others."""
+
+ROUTED = re.compile(r"_\d+_GemTransformer$")
+"""Names of the folders of modules within a Router."""
 
 CHECKPOINT = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 """Names of the folders that a trainer resumes from."""
@@ -49,8 +54,15 @@ def check_options(num_gem_tokens: int, pooling: str, has_place_for_lora: bool) -
         raise ValueError(f"pooling must be one of {POOLING_MODES}, got {pooling!r}.")
 
 
-def check_saved_settings(model_name_or_path: str, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise if a GEM checkpoint was saved with other settings than are asked for."""
+def check_saved_settings(
+    model_name_or_path: str, saved: dict[str, Any], asked: dict[str, Any], lora: Sequence[Any] = ()
+) -> None:
+    """Raise if a GEM checkpoint was saved with other settings than are asked for, or it is its LoRA's that are."""
+    if saved and any(option is not None for option in lora):
+        raise ValueError(
+            f"{model_name_or_path} is a GEM checkpoint, whose LoRA has the settings it was saved with. Leave out "
+            "lora_rank and lora_kwargs."
+        )
     for key, value in asked.items():
         if saved and saved.setdefault(key, False) != value:
             raise ValueError(
@@ -58,6 +70,17 @@ def check_saved_settings(model_name_or_path: str, saved: dict[str, Any], asked: 
                 f"{key}={value!r} was asked for. Pass {key}={saved[key]!r}, or load it with "
                 f"SentenceTransformer({str(model_name_or_path)!r}, trust_remote_code=True)."
             )
+
+
+def check_load_options(options: Collection[str]) -> None:
+    """Raise if one of them is an option of the constructor, which a checkpoint is not asked."""
+    if names := sorted(
+        {*options} & {"max_seq_length", "num_gem_tokens", "pooling", "freeze_base", "processing_kwargs"}
+    ):
+        raise ValueError(
+            f"A checkpoint is loaded with its own settings, but {names} were given. Set max_seq_length on the model; "
+            "pass the others to the constructor, which checks them."
+        )
 
 
 class FoundBase(NamedTuple):
@@ -108,7 +131,8 @@ def locate(found: FoundBase, base: GemBase, hub_kwargs: dict[str, Any]) -> tuple
     commit = re.search(r"/snapshots/([0-9a-f]{40})/", config_path.as_posix())
     is_named = found.revision is None and found.load_from == found.name
     revision = commit[1] if commit and is_named else found.revision
-    return BaseSource(folder, fingerprint_base(folder, base.text.tokenizer)), revision
+    fingerprint = fingerprint_base(folder, base.text.tokenizer)
+    return BaseSource(folder, fingerprint, getattr(base.model.config, "use_cache", None)), revision
 
 
 @lru_cache
@@ -141,7 +165,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_writable(gem: Any) -> None:
-    """Raise if a checkpoint of this module could not be read again."""
+    """Raise if a checkpoint of this module could not be written, or not be read again.
+
+    :class:`gem_st.GemLoss` asks before the first step, so that no training is lost.
+    """
     if gem.mode == "full" and not gem.save_base:
         raise ValueError("save_base=False needs an adapter: freeze_base=True, or model.add_adapter(LoraConfig(...)).")
     has_base = gem.mode == "full" or (gem.freeze_base and gem.save_base)
@@ -150,6 +177,18 @@ def check_writable(gem: Any) -> None:
             "An adapter is saved without its base, and has to name it: set model[0].base_model_name_or_path (and "
             "base_model_revision) to the base's Hub id."
         )
+    if gem.mode != "full":
+        _active_adapter(gem.gem_model)
+
+
+def _active_adapter(model: Any) -> str:
+    """Name of the one adapter that is on."""
+    status = import_peft().get_model_status(model)
+    if status.enabled is not True:
+        raise ValueError("The adapter is disabled, so that a reload would differ. Enable it in all layers first.")
+    if status.active_adapters == "irregular" or len(status.active_adapters) != 1:
+        raise ValueError(f"One active adapter can be saved, but these are: {status.active_adapters}.")
+    return status.active_adapters[0]
 
 
 def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
@@ -166,7 +205,7 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
         check_base_unchanged(gem.base, gem.source, gem.freeze_base)
     _remove_leftovers(folder, gem.source.folder)
     if gem.freeze_base and gem.save_base:
-        copy_base(gem.model, gem.source.folder, folder, **kwargs)
+        copy_base(gem.model, gem.source, folder, **kwargs)
     elif not is_adapter:
         _save_model(gem, folder, **kwargs)
     if gem.save_base and gem.mode != "lora":
@@ -175,12 +214,19 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
         gem.save_tokenizer(str(folder))
     if is_adapter:
         _save_adapter(gem, folder / ADAPTER_FOLDER)
-    gem.save_config(str(folder))
-    _require_versions(folder / "config_sentence_transformers.json")
+    (folder / CONFIG_FILE).write_text(json.dumps(gem.settings(), indent=4), encoding="utf-8")
+    root = root_of(folder)
+    _require_versions(root / ST_CONFIG)
     for name, file in code_files(entry).items():
-        target = folder / name
+        target = root / name
         if not target.exists() or not target.samefile(file):
             shutil.copyfile(file, target)
+
+
+def root_of(folder: Path) -> Path:
+    """The folder in which code is looked for: of a module within a Router it is the whole checkpoint's."""
+    is_routed = ROUTED.search(folder.name)
+    return next((f for f in list(folder.parents)[:2] if is_routed and (f / ST_CONFIG).exists()), folder)
 
 
 def _save_model(gem: Any, folder: Path, **kwargs: Any) -> None:
@@ -190,7 +236,7 @@ def _save_model(gem: Any, folder: Path, **kwargs: Any) -> None:
     """
     is_resumable = any(CHECKPOINT.match(name) for name in (folder.name, folder.parent.name))
     with contextlib.nullcontext() if is_resumable else gem.as_saved("cpu"):
-        gem.model.save_pretrained(folder, **kwargs)
+        save_model(gem.model, gem.source, folder, **kwargs)
 
 
 def _remove_leftovers(folder: Path, base_folder: Path) -> None:
@@ -221,18 +267,13 @@ def _require_versions(config_path: Path) -> None:
 def _save_adapter(gem: Any, folder: Path) -> None:
     """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""
     peft, model = import_peft(), gem.gem_model
-    status = peft.get_model_status(model)
-    if status.enabled is not True:
-        raise ValueError("The adapter is disabled, so that a reload would differ. Enable it in all layers first.")
-    if status.active_adapters == "irregular" or len(status.active_adapters) != 1:
-        raise ValueError(f"One active adapter can be saved, but these are: {status.active_adapters}.")
-    name = status.active_adapters[0]
+    name = _active_adapter(model)
     folder.mkdir(parents=True, exist_ok=True)
     lora = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     lora = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in lora.items()}
     save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(model.peft_config[name])
-    config.base_model_name_or_path = gem.get_config_dict().get("base_model_name_or_path")
+    config.base_model_name_or_path = gem.settings().get("base_model_name_or_path")
     config.inference_mode = True
     if isinstance(config.target_modules, set):  # which json would write in another order each time
         config.target_modules = sorted(config.target_modules)

@@ -31,11 +31,13 @@ class BaseSource:
     Attributes:
         folder: The folder of its files, which may be gone by now.
         fingerprint: Output of :func:`fingerprint_base`.
+        use_cache: What its configuration says of caches, which trainers overwrite.
         num_writes: :meth:`GemBase.num_writes` when it had been loaded.
     """
 
     folder: Path
     fingerprint: dict[str, str | None]
+    use_cache: bool | None = None
     num_writes: int = 0
 
 
@@ -122,8 +124,8 @@ def check_base_unchanged(base: GemBase, source: BaseSource, is_frozen: bool) -> 
     is_touched |= any(weight.requires_grad for weight in base.model.parameters())
     for name, stored, rows in read_weights(source.folder, sample=not is_touched):
         weight = weights.get(name)
-        if weight is None or id(weight) in skipped or not weight.is_floating_point():
-            continue  # quantised, or named otherwise in memory
+        if weight is None or weight.is_meta or id(weight) in skipped or not weight.is_floating_point():
+            continue  # quantised, on the disk, or named otherwise in memory
         if weight[rows].shape == stored.shape and not torch.equal(weight[rows].cpu(), stored.to(weight.dtype)):
             raise ValueError(
                 f"The base's weight {name} was changed after loading, so that an adapter saved for "
@@ -131,15 +133,39 @@ def check_base_unchanged(base: GemBase, source: BaseSource, is_frozen: bool) -> 
             )
 
 
-def copy_base(model: Any, source: Path, folder: Path, **kwargs: Any) -> None:
-    """Copy the base's files byte for byte; written anew only where they are not safetensors, or gone."""
-    weights = weight_files(source)
-    if not weights:
-        logger.warning(f"{source} holds no safetensors (any more): the base's weights are written anew.")
+def save_model(model: Any, source: BaseSource, folder: Path, **kwargs: Any) -> None:
+    """Write a language model as its base was published, whatever a trainer set in its configuration.
+
+    Generation configurations are not checked: published ones, such as that of Llama 2, may have options that belong to
+    sampling only, and GEM adds its own to them, whereupon transformers would refuse to write them after a training.
+
+    Args:
+        model: The ``*ForCausalLM``.
+        source: Where its base was loaded from.
+        folder: The folder.
+        **kwargs: Passed to ``save_pretrained``.
+    """
+    generation_config, settings = model.generation_config, vars(model.config)
+    had = {name: settings.pop(name) for name in ("use_cache",) if name in settings}
+    try:
+        model.generation_config = type(generation_config)()
+        settings |= {} if source.use_cache is None else {"use_cache": source.use_cache}
         model.save_pretrained(folder, **kwargs)
+    finally:
+        model.generation_config = generation_config
+        settings |= had
+    generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+
+
+def copy_base(model: Any, source: BaseSource, folder: Path, **kwargs: Any) -> None:
+    """Copy the base's files byte for byte; written anew only where they are not safetensors, or gone."""
+    weights = weight_files(source.folder)
+    if not weights:
+        logger.warning(f"{source.folder} holds no safetensors (any more): the base's weights are written anew.")
+        save_model(model, source, folder, **kwargs)
         return
     others = ("config.json", "generation_config.json", "model.safetensors.index.json")
-    for file in [*weights, *(source / name for name in others)]:
+    for file in [*weights, *(source.folder / name for name in others)]:
         target = folder / file.name
         if file.exists() and not (target.exists() and target.samefile(file)):
             shutil.copyfile(file, target)

@@ -7,15 +7,61 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .gem_base import GemBase
+from .gem_base import GemBase, backbone_of
 from .gem_dtypes import WeightTypes
 from .gem_embedder import Embedder
 from .gem_files import BaseSource
 from .gem_generator import Generator, Reader
 from .gem_probes import BaseFacts, require_attention_mask
 from .gem_tokens import GemTokens
+
+LAUNCH = (
+    "Start the training with `accelerate launch`, which gives each GPU a process of its own (docs/distributed.md), or "
+    "show it one GPU: CUDA_VISIBLE_DEVICES=0."
+)
+"""What to do where a trainer sees several GPUs."""
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Where torch.compile, FSDP and activation checkpointing keep the model they wrap."""
+
+IGNORED, DONE = ("task", "modality"), {"truncation": True, "padding": True, "return_attention_mask": True}
+"""Options of `preprocess` that say nothing of texts, and those of tokenizers that are done in any case."""
+
+
+def max_length_of(
+    max_length: int | None, processing_kwargs: dict[str, dict[str, Any]] | None, others: dict[str, Any]
+) -> int | None:
+    """The number of tokens in a row that is asked for, by one of two names.
+
+    Raises:
+        ValueError: If something else is asked for, which would be ignored.
+    """
+    asked = {name: value for name, value in others.items() if name not in IGNORED and value is not None}
+    text = dict((processing_kwargs or {}).get("text") or {})
+    asked |= {name: value for name, value in (processing_kwargs or {}).items() if name != "text" and value}
+    asked |= {name: value for name, value in text.items() if name != "max_length" and value is not DONE.get(name)}
+    given = max_length if max_length is not None else text.get("max_length")
+    if asked or text.get("max_length", given) != given:
+        raise ValueError(
+            f"Texts are truncated and padded, and GEM tokens put behind them, in one way; of options there is "
+            f'max_length, or processing_kwargs={{"text": {{"max_length": ...}}}}, but {asked or text} were given.'
+        )
+    return given
+
+
+def check_model(model: Any) -> None:
+    """Raise if something cannot stand in for a base's language model, such as a wrapper that hides it."""
+    for name in WRAPPERS:
+        model = getattr(model, name, model)
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
+        return
+    raise ValueError(
+        f"model[0].model has to be a language model of transformers with its head, or torch.compile of one, but got "
+        f"{type(model).__name__}. For a LoRA, use model.add_adapter(LoraConfig(...)) on the SentenceTransformer; for "
+        "several GPUs, `accelerate launch`."
+    )
 
 
 class GemParts(nn.Module):
@@ -54,11 +100,33 @@ class GemParts(nn.Module):
     _weight_types: WeightTypes
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Have the parts run the model that is set, e.g. one that torch.compile made of it."""
+        """Have the parts run the model that is set, e.g. one that torch.compile made of it.
+
+        Raises:
+            ValueError: If it is no language model of transformers, or :attr:`auto_model` is to be set.
+        """
+        if name == "auto_model":
+            raise ValueError("auto_model is a part of model[0].model. Set that, e.g. to torch.compile(model[0].model).")
+        if name in ("model", "adapter_model"):
+            check_model(value)
         super().__setattr__(name, value)
         if name in ("model", "adapter_model") and "embedder" in vars(self):
             self.base.model = self._weight_types.model = self.model
             self.embedder.append.model = self.gem_model
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse nn.DataParallel, whose replicas would be threads that share the parts."""
+        raise ValueError(f"A GEM module does not run in nn.DataParallel. {LAUNCH}")
+
+    @property
+    def auto_model(self) -> Any:
+        """The model without its head, under the name that Sentence Transformers' own Transformer has for it."""
+        return backbone_of(self.model)
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,9 +201,11 @@ class GemParts(nn.Module):
 
     def _num_places(self, max_length: int | None) -> int:
         """Tokens of text in a row of so many, by default of :attr:`max_seq_length`."""
-        if max_length is not None and max_length <= self.num_gem_tokens + 1:
+        least, most = self.num_gem_tokens + 1, self.base.context
+        if max_length is not None and not (isinstance(max_length, int) and least < max_length <= most):
             raise ValueError(
-                f"max_length={max_length} must be more than num_gem_tokens + 1 = {self.num_gem_tokens + 1}."
+                f"max_length={max_length!r} must be more than num_gem_tokens + 1 = {least}, and at most the model's "
+                f"context of {most} tokens."
             )
         return (self.max_seq_length if max_length is None else max_length) - self.num_gem_tokens
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from .gem_base import Evaluating, GemBase, run_backbone
 from .gem_cache import cache_of, expand_rows, take_tokens, tensors_of
 from .gem_mask import GEM, PREFIX, SUFFIX, Rows, gem_attention_mask, gem_position_ids
-from .gem_probes import REFUSALS, BaseFacts, is_same
+from .gem_probes import REFUSALS, BaseFacts, is_same, require_finite
 from .gem_tokens import GemTokens
 
 Shared = tuple[Tensor, DynamicCache]
@@ -207,6 +207,30 @@ class StagedPass:
         order = is_text.int().argsort(dim=1, stable=True)
         moved = cache_of((take_tokens(tensor, order) for tensor in layer) for layer in tensors_of(past))
         return moved, is_text.gather(1, order)
+
+
+@torch.no_grad()
+def check_append(base: GemBase, append: AppendPass) -> None:
+    """Put GEM tokens behind a short text, as embeddings that are no token's and with a LoRA on them.
+
+    Raises:
+        ValueError: If the model does not take them so, e.g. as it looks up more than one embedding by a token's id.
+        FloatingPointError: If what comes out is not finite.
+    """
+    if base.attention not in ("eager", "sdpa"):
+        return  # FlashAttention cannot be run yet, and flex_attention would compile for shapes of its own
+    ids, past = base.probe(0, 1, 2), DynamicCache()
+    try:
+        with Evaluating(base.model), Evaluating(append.model):
+            base.run(past, input_ids=ids)
+            states = append(past, torch.ones_like(ids).bool(), torch.tensor([ids.shape[1]], device=ids.device))
+    except REFUSALS as error:
+        raise ValueError(
+            f"{base.model.config.model_type} does not run GEM tokens beside a frozen base, where they are embeddings "
+            f"without an id, and a LoRA works on them: {error}. Use freeze_base=False, or, where a layer takes no "
+            'LoRA, others by lora_kwargs={"target_modules": [...]}.'
+        ) from error
+    require_finite(states)
 
 
 def pack_texts(lengths: Tensor, width: int) -> Tensor:

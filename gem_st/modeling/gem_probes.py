@@ -54,6 +54,7 @@ def probe_base(base: GemBase, name: str) -> BaseFacts:
 
     Raises:
         ValueError: If it does not run, or is not causal.
+        FloatingPointError: If its hidden states are not finite.
     """
     _check_runs(base, name)
     return BaseFacts(
@@ -171,7 +172,23 @@ def _has_window(config: Any) -> bool:
 
 
 def is_same(first: Tensor, second: Tensor) -> bool:
-    """Equal but for rounding, which some kernels do by what else is in the batch."""
+    """Equal but for rounding, which some kernels do by what else is in the batch.
+
+    Raises:
+        FloatingPointError: If one of them holds a number that is none, which says nothing of what is probed.
+    """
+    require_finite(first, second)
     tolerance = 1e-4 if first.dtype == torch.float32 else 2e-2
     first, second = first.float(), second.float()
     return bool((first - second).abs().max() <= tolerance * first.abs().max())
+
+
+def require_finite(*states: Tensor) -> None:
+    """Raise if some hidden state, or what was computed of it, is not finite."""
+    if all(bool(torch.isfinite(tensor).all()) for tensor in states):
+        return
+    dtype = str(states[0].dtype).removeprefix("torch.")
+    advice = "look for NaN in the weights, and download or train them again"
+    if states[0].dtype == torch.float16:
+        advice = 'load in bfloat16 or float32, e.g. by model_kwargs={"dtype": torch.bfloat16}'
+    raise FloatingPointError(f"The model's hidden states are not finite in {dtype}; {advice}.")

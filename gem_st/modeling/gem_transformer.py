@@ -38,6 +38,7 @@ from .gem_adapter import (
 from .gem_base import GemBase
 from .gem_checkpoint import (
     CONFIG_FILE,
+    check_load_options,
     check_options,
     check_saved_settings,
     check_writable,
@@ -54,10 +55,12 @@ from .gem_files import is_local
 from .gem_generator import Generator, Reader
 from .gem_language import LanguageMethods
 from .gem_mask import Rows
-from .gem_passes import AppendPass, CausalPass, PackedPass, StagedPass
+from .gem_parts import max_length_of
+from .gem_passes import AppendPass, CausalPass, PackedPass, StagedPass, check_append
 from .gem_probes import probe_base
 from .gem_sharding import Gathered, value_of
 from .gem_tokens import GemTokens, claim_gem_tokens, draw_gem_rows, write_gem_rows
+from .gem_weights import check_places
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +78,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
     """A decoder-only language model that embeds text through GEM tokens, as a Sentence-Transformers module.
 
     ``SentenceTransformer(modules=[GemTransformer("meta-llama/Llama-3.2-1B", num_gem_tokens=4)])`` is an embedder to
-    be trained with :class:`gem_st.GemLoss` or any other loss; ``model[0].generate(...)`` is the generator.
+    be trained with :class:`gem_st.GemLoss` or another loss; ``model[0].generate(...)`` is the generator.
 
     Args:
         model_name_or_path: Hub id or folder of a decoder-only model with a language-model head, or of a GEM
@@ -97,6 +100,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         ValueError: If a setting is out of range, the model is not a causal decoder with an attention that can be
             masked as K asks for, weights are missing, tokenizer and model do not fit each other, or a GEM checkpoint
             was saved with other settings.
+        FloatingPointError: If hidden states are not finite in the data type that was asked for.
 
     Attributes, beside those of :class:`GemParts`:
         save_base: Whether checkpoints hold the base beside an adapter, or only name it; True by default.
@@ -140,7 +144,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         hub_kwargs = {key: value for key, value in (model_kwargs or {}).items() if key in HUB_KWARGS}
         saved = self._load_gem_config(model_name_or_path, hub_kwargs)
         asked = {"num_gem_tokens": num_gem_tokens, "pooling": pooling, "freeze_base": freeze_base}
-        check_saved_settings(model_name_or_path, saved, asked)
+        check_saved_settings(model_name_or_path, saved, asked, (lora_rank, lora_kwargs))
         self.save_base = saved.get("save_base", True)
         self.save_dtype: torch.dtype | None = None
         has_all_rows = not freeze_base and self.save_base
@@ -156,6 +160,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         self.base_model_name_or_path = found.name
         self.source, self.base_model_revision = locate(found, base, hub_kwargs)
         base.check_vocabulary(found.load_from, saved["gem_token_ids"] if saved and has_all_rows else ())
+        writes_rows = not freeze_base and not (saved and self.save_base)
+        check_places(base.model, found.load_from, freeze_base, writes_rows)
         facts = self.facts = probe_base(base, found.load_from)
         if freeze_base:
             facts.require_cache()
@@ -167,9 +173,11 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         self.gem_tokens = GemTokens(ids, source, pooling, base, self if freeze_base else None)
         if source == "reserved":
             base.text.hidden_names = tuple(base.text.tokenizer.convert_ids_to_tokens(ids))
-        self.max_seq_length = saved.get("max_seq_length") if max_seq_length is None else max_seq_length
+        if max_seq_length is None and "model_max_length" not in (processor_kwargs or {}):
+            max_seq_length = saved.get("max_seq_length")
+        self.max_seq_length = max_seq_length
         self.logit_scale = nn.Parameter(torch.tensor([saved.get("logit_scale", math.log(20.0))]))
-        if not freeze_base and not (saved and self.save_base):
+        if writes_rows:
             write_gem_rows(base, ids, source)
         if freeze_base:
             self._freeze()
@@ -186,6 +194,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             add_lora(self.gem_model, import_peft().LoraConfig(**lora_options(base, lora_rank, lora_kwargs)))
         if num_gem_tokens > 1 or freeze_base:
             self.require_attention_mask()
+        if freeze_base:
+            check_append(base, append)
         self.register_load_state_dict_pre_hook(keep_quantized_weights)
         self.source.num_writes = base.num_writes()
         # `SentenceTransformer.add_adapter` ends up here.
@@ -202,17 +212,15 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Settings written to ``gem_config.json``; with them a reload is exact."""
-        save_base = self.save_base and not self.has_adapter
-        hashes = hash_code(__file__)
-        settings = {
-            **super().get_config_dict(),
-            "logit_scale": value_of(self.logit_scale),
-            "save_base": save_base,
-            "remote_code": hashes,
-            "remote_code_sha256": hash_files(hashes),
-        }
-        if save_base and is_local(self.base_model_name_or_path):
+        """What two models of one recipe have in common, so that they can be merged."""
+        return {**super().get_config_dict(), "save_base": self.save_base and not self.has_adapter}
+
+    def settings(self) -> dict[str, Any]:
+        """All that ``gem_config.json`` holds; with it a reload is exact."""
+        settings, hashes = self.get_config_dict(), hash_code(__file__)
+        settings |= {"logit_scale": value_of(self.logit_scale), "remote_code": hashes}
+        settings["remote_code_sha256"] = hash_files(hashes)
+        if settings["save_base"] and is_local(self.base_model_name_or_path):
             return settings  # a folder of this machine is nobody's business
         names = ("base_model_name_or_path", "base_model_revision")
         return {**settings, **{name: getattr(self, name) for name in names}}
@@ -231,7 +239,12 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
     # ---- text -> embedding
 
     def preprocess(  # type: ignore[override]  # texts only, of all that Sentence Transformers may pass
-        self, inputs: Sequence[str], prompt: str | None = None, max_length: int | None = None, **kwargs: Any
+        self,
+        inputs: Sequence[str],
+        prompt: str | None = None,
+        max_length: int | None = None,
+        processing_kwargs: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Tokenise texts, truncate them so that K places remain, append the GEM tokens and pad.
 
@@ -239,26 +252,28 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             inputs: Texts. A text that spells out the name of a GEM token is embedded as ordinary text.
             prompt: Put before every text.
             max_length: Tokens in a row, GEM tokens included, instead of :attr:`max_seq_length`.
-            **kwargs: ``task`` and the like, which Sentence Transformers passes to every module; not used.
+            processing_kwargs: As Sentence Transformers passes it; ``{"text": {"max_length": 128}}`` is another way to
+                say ``max_length=128``.
+            **kwargs: ``task`` and ``modality``, which Sentence Transformers passes to every module; not used.
 
         Returns:
             ``input_ids`` and ``attention_mask`` (1 for real tokens), padded on the tokenizer's padding side.
             Shape: ``(B, T)`` each
 
         Raises:
-            ValueError: If an input is not a string, or no place is left for text.
+            ValueError: If an input is not a string, no place is left for text, or an option is none of these.
         """
+        max_length = max_length_of(max_length, processing_kwargs, kwargs)
         rows = self.base.text.encode(inputs, prompt or "", self._num_places(max_length))
         return self.pad([torch.tensor(row + self.gem_token_ids) for row in rows])
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]  # no other options
         """Embed rows that hold K GEM tokens each, at the end or between a prefix and a suffix.
 
         Args:
             features: ``input_ids`` and ``attention_mask``, padded on either side, shape ``(B, T)`` each. If it also
                 holds an ``objective``, that is called with this module and the :class:`Rows` instead, and what it
                 returns is added: a loss's own work, done here so that DDP, FSDP and ZeRO see it.
-            **kwargs: Not used.
 
         Returns:
             ``features`` with ``sentence_embedding`` (shape ``(B, D)``, or ``(B, K * D)`` for concat) and
@@ -308,14 +323,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
     @classmethod
     def _load_gem_config(cls, model_name_or_path: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
         """The saved settings of a GEM checkpoint; empty for a base model."""
-        return cls.load_config(
-            model_name_or_path,
-            subfolder=hub_kwargs.get("subfolder", ""),
-            token=hub_kwargs.get("token"),
-            cache_folder=hub_kwargs.get("cache_dir"),
-            revision=hub_kwargs.get("revision"),
-            local_files_only=hub_kwargs.get("local_files_only", False),
-        )
+        options = {name: hub_kwargs.get(name, HUB_KWARGS[name]) for name in HUB_KWARGS.keys() - {"cache_dir"}}
+        return cls.load_config(model_name_or_path, cache_folder=hub_kwargs.get("cache_dir"), **options)
 
     @classmethod
     def load(  # type: ignore[override]  # where it is, is handed on as Sentence Transformers names it
@@ -345,6 +354,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         """
         if backend != "torch":
             raise ValueError(f"GEM checkpoints run on backend='torch', got {backend!r}.")
+        check_load_options(kwargs)
         hub_kwargs = {name: kwargs.get(name, default) for name, default in HUB_KWARGS.items()}
         hub_kwargs["cache_dir"] = kwargs.get("cache_folder")
         saved = cls._load_gem_config(model_name_or_path, hub_kwargs)

@@ -228,8 +228,8 @@ def load_data(config: TrainConfig, num_texts: int | None = None) -> TrainData:
         logger.warning(f"The training set has {num_rows} of the {config.num_rows} rows that num_rows asks for.")
     if next(iter(rows), None) is None:
         raise ValueError(f"The training set has no rows beside {len(held_out)} held out. Check how it was made.")
-    check_dataset(rows, "training")
-    check_dataset(eval_set, "evaluation")
+    check_dataset(rows, "training", reads_streams=True)
+    check_dataset(eval_set, "evaluation", reads_streams=True)
     held_out = [row for row in held_out if all(isinstance(text, str) and text.strip() for text in row.values())]
     return TrainData(rows, columns, num_rows, held_out, eval_set, graded)
 

@@ -60,7 +60,7 @@ def test_a_card_tells_what_was_done(make_model, tmp_path):
         "| mode | full |",
         f"| GEM tokens (K) | 2, ids {model[0].gem_token_ids} (new rows of the embedding) |",
         "| pooling | mean over the GEM tokens |",
-        f"SHA-256 `{model[0].get_config_dict()['remote_code_sha256']}`",
+        f"SHA-256 `{model[0].settings()['remote_code_sha256']}`",
         "8 rows, columns sentence; loss `GemLoss`",
         '"plain_ratio": 0.5',
         "AlphaSchedule(num_ntp_steps=1, final=0.6",

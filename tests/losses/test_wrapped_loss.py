@@ -328,7 +328,7 @@ def test_inner_losses_that_cannot_be_are_refused(make_model):
     model, other = make_model(), make_model()
     mnrl = losses.MultipleNegativesRankingLoss
     for inner, message in (
-        (losses.ContrastiveTensionLoss(model), "ContrastiveTensionLoss needs layers"),
+        (losses.ContrastiveTensionLoss(model), "ContrastiveTensionLoss needs copies .* it alone, or beside GemLoss"),
         (mnrl(other), "made with another model"),
         (mnrl, "must be a loss of Sentence Transformers made with the model, got MultipleNegativesRankingLoss"),
         (GemLoss(model), "got GemLoss"),
@@ -359,3 +359,32 @@ def test_a_loss_with_an_inner_one_can_be_copied(make_model):
     again = copy.deepcopy(loss)
     features = [model.preprocess(column) for column in PAIR]
     assert again(features).item() == pytest.approx(loss(features).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("freeze_base", [False, True])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside GemLoss"])
+def test_contrastive_tension_trains_a_gem_model(make_model, tmp_path, freeze_base, beside):
+    model = make_model(freeze_base=freeze_base)
+    loss = losses.ContrastiveTensionLoss(model)
+    data = Dataset.from_dict({"first": CORPUS, "second": CORPUS, "label": [1, 0] * 4})
+    if beside:
+        data = {"pairs": data, "texts": Dataset.from_dict({"text": CORPUS})}
+        loss = {"pairs": loss, "texts": GemLoss(model, alpha=0.5)}
+    before = model.encode(CORPUS, convert_to_tensor=True)
+    args = make_arguments(tmp_path, max_steps=4, learning_rate=1e-2)
+    SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss).train()
+    after = model.encode(CORPUS, convert_to_tensor=True)
+    assert after.isfinite().all()
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_losses_that_take_no_gem_model(make_model, make_base):
+    """Which docs/losses.md says; once Sentence Transformers takes one, the sentence goes."""
+    model = make_model()
+    inner = losses.MultipleNegativesRankingLoss(model)
+    for make in (lambda: losses.AdaptiveLayerLoss(model, inner), lambda: losses.Matryoshka2dLoss(model, inner, [32])):
+        with pytest.raises(AssertionError):
+            make()
+    inner = losses.DenoisingAutoEncoderLoss(model, str(make_base()), tie_encoder_decoder=False)
+    with pytest.raises(ValueError, match=r"can be no `loss` of GemLoss. GemLoss\(tasks="):
+        GemLoss(model, loss=inner)

@@ -158,7 +158,7 @@ def test_a_cache_of_other_weights_is_refused(make_gem, tmp_path):
         gem.summarize(cache)  # the base is what it was
         gem.reconstruct(memory)
         with torch.no_grad():
-            gem.model.lm_head.weight[0] += 1
+            gem.model.model.layers[1].mlp.down_proj.weight[0] += 1
     for use in (
         lambda: gem.summarize(cache),
         lambda: gem.generate(cache=cache),

@@ -112,7 +112,7 @@ def test_reload_with_gem_st_is_exact(saved):
     model, folder = saved
     again = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
     assert np.array_equal(again.encode(TEXTS), model.encode(TEXTS))
-    assert again[0].get_config_dict() == model[0].get_config_dict()
+    assert again[0].settings() == model[0].settings()
     assert again.prompts["query"] == "find: "
     assert again.max_seq_length == 64
     assert again[0].generate("It rained", max_new_tokens=6) == model[0].generate("It rained", max_new_tokens=6)

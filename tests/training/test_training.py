@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import TrainerCallback
@@ -303,5 +303,94 @@ def test_streaming_data_is_trained_on_and_checked(make_model, tmp_path):
     trainer = make_trainer(model, tmp_path, Dataset.from_dict({"text": CORPUS * 4}).to_iterable_dataset())
     trainer.train()
     assert len(logged(trainer, "ntp")) == 6
-    with pytest.raises(ValueError, match="all the same"):
-        make_trainer(model, tmp_path, Dataset.from_dict({"text": ["a"] * 8}).to_iterable_dataset())
+
+
+def stream_once(rows: list[dict[str, str]]) -> IterableDataset:
+    """A stream that can be read once only, as of a queue or a socket."""
+    left = iter(rows)
+
+    def read():
+        yield from left
+
+    return IterableDataset.from_generator(read, features=Features({name: Value("string") for name in rows[0]}))
+
+
+@pytest.mark.parametrize("columns", [["text"], ["anchor", "positive"]])
+@pytest.mark.parametrize(
+    ("num_rows", "change"),
+    [
+        (8, lambda stream: stream),
+        (250, lambda stream: stream),
+        (8, lambda stream: stream.map(lambda row: row, features=stream.features)),
+        (30, lambda stream: stream.shuffle(seed=0, buffer_size=5)),
+    ],
+    ids=["short", "long", "mapped", "shuffled"],
+)
+def test_every_row_of_a_stream_is_trained_on_once(make_model, tmp_path, columns, num_rows, change):
+    model, seen = make_model(), []
+    rows = [{name: f"{name} {index}" for name in columns} for index in range(num_rows)]
+    stream = change(stream_once(rows))
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=quiet_arguments(tmp_path, max_steps=num_rows // 2, per_device_train_batch_size=2, save_strategy="no"),
+        train_dataset=stream,
+        loss=GemLoss(model, alpha=0.5),
+    )
+    preprocess = model[0].preprocess
+    model[0].preprocess = lambda texts, **kwargs: seen.extend(texts) or preprocess(texts, **kwargs)
+    trainer.train()
+    assert trainer.state.global_step == num_rows // 2
+    assert sorted(seen) == sorted(text for row in rows for text in row.values())
+
+
+def test_the_rows_of_a_stream_are_checked_as_they_are_trained_on(make_model, tmp_path, warnings_of_transformers):
+    def start(rows):
+        args = quiet_arguments(tmp_path, max_steps=len(rows) // 4, per_device_train_batch_size=4, save_strategy="no")
+        model = make_model()
+        data = {"model": model, "args": args, "train_dataset": stream_once(rows), "loss": GemLoss(model)}
+        SentenceTransformerTrainer(**data).train()
+
+    with pytest.raises(ValueError, match="The first 100 rows of the stream are all the same"):
+        start([{"text": "a"}] * 120)
+    with pytest.raises(ValueError, match=r"Input 2 of 4 is None \(NoneType\)"):
+        start([{"text": "a"}, {"text": "b"}, {"text": None}, {"text": "c"}])
+    start([{"text": "a"}] * 4 + [{"text": f"a {index}"} for index in range(116)])  # the same at first
+    start([{"text": "sea " * 300}, *({"text": f"a {index}"} for index in range(119))])
+    assert "1% of the first 100 texts fill max_seq_length=256 tokens" in warnings_of_transformers.text
+
+
+def test_accumulated_batches_are_a_mean_of_means_and_mini_batches_are_not(make_model, tmp_path):
+    """Which docs/losses.md says of the next-token loss; the reference is autograd on the model's own loss."""
+    texts = ["He.", "A dog.", "It.", "She.", *CORPUS[:4]]  # few targets, then many
+    columns = {"text": texts}
+
+    def gradient(weigh) -> torch.Tensor:
+        model = make_model().train()
+        losses = []
+        for part in (texts[:4], texts[4:]):
+            rows = [torch.tensor(model.tokenizer(text)["input_ids"]) for text in part]
+            own = [model[0].model(input_ids=row[None], labels=row[None]).loss * (len(row) - 1) for row in rows]
+            losses.append((torch.stack(own).sum(), sum(len(row) - 1 for row in rows)))
+        weigh(losses).backward()
+        return model[0].model.lm_head.weight.grad
+
+    def step(**options) -> torch.Tensor:
+        model = make_model()
+        before = model[0].model.lm_head.weight.detach().clone()
+        args = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "save_strategy": "no"}
+        size = options.pop("mini_batch_size", None)
+        SentenceTransformerTrainer(
+            model=model,
+            args=quiet_arguments(tmp_path, **args, **options),
+            train_dataset=Dataset.from_dict(columns).to_iterable_dataset(),  # in this order
+            loss=GemLoss(model, alpha=0.0, plain_ratio=1.0, mini_batch_size=size),
+        ).train()
+        return (before - model[0].model.lm_head.weight.detach()) / 0.1
+
+    whole = gradient(lambda losses: sum(total for total, _ in losses) / sum(num for _, num in losses))
+    means = gradient(lambda losses: sum(total / num for total, num in losses) / 2)
+    assert (whole - means).abs().max() > 1e-2 * whole.abs().max()
+    one_batch, in_parts = (step(per_device_train_batch_size=8, mini_batch_size=size) for size in (None, 4))
+    accumulated = step(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    for result, expected in ((one_batch, whole), (in_parts, whole), (accumulated, means)):
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-3)
