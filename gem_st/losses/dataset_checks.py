@@ -81,7 +81,7 @@ def warn_of_truncation(gem: Any, rows: list[dict[str, Any]]) -> None:
 
 def share_truncated(gem: Any, texts: list[str]) -> float:
     """Share of texts that have more tokens than a row has places, in [0, 1]."""
-    ids = gem.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+    ids = gem.base.text.encode(texts)
     return sum(len(row) > gem.max_seq_length - gem.num_gem_tokens for row in ids) / max(1, len(ids))
 
 

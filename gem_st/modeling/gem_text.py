@@ -1,4 +1,4 @@
-"""Text and chat messages <-> token ids: the base's tokenizer, whose state encoding never changes."""
+"""Text and chat messages <-> token ids: the base's tokenizer, of which encoding takes a copy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+
+from .gem_own_tokenizer import OwnTokenizer
 
 Prompts = str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]]
 """A text, texts, the messages of a conversation, or conversations."""
@@ -26,6 +28,12 @@ class TextCodec:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, hidden_names: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.hidden_names = tuple(hidden_names)
+        self._own = OwnTokenizer()
+
+    @property
+    def own_tokenizer(self) -> Any:
+        """The tokenizer with a backend of our own, which other threads do not set to truncate or pad."""
+        return self._own.of(self.tokenizer)
 
     def encode(
         self,
@@ -48,11 +56,14 @@ class TextCodec:
                     "embedded or generated from. Convert it to str, or drop it."
                 )
         texts = [self._defuse(prompt + text) for text in texts]
+        if not texts:
+            return []
         options = {"add_special_tokens": add_special_tokens, "padding": False, "return_attention_mask": False}
-        rows = self.tokenizer(texts, verbose=False, **options)["input_ids"]
+        tokenizer = self.own_tokenizer
+        rows = tokenizer(texts, verbose=False, **options)["input_ids"]
         if max_tokens is None or all(len(row) <= max_tokens for row in rows):
             return rows
-        around = count_around(self.tokenizer) if add_special_tokens else (0, 0)
+        around = count_around(tokenizer) if add_special_tokens else (0, 0)
         return [self._truncate(row, max_tokens, *around) for row in rows]
 
     def _truncate(self, row: list[int], max_tokens: int, num_before: int, num_after: int) -> list[int]:
@@ -124,7 +135,7 @@ class TextCodec:
     @property
     def num_special_tokens(self) -> int:
         """Special tokens, BOS in most models, that the tokenizer puts before a text."""
-        return count_around(self.tokenizer)[0]
+        return count_around(self.own_tokenizer)[0]
 
 
 def count_around(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
