@@ -162,6 +162,7 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
         **kwargs: Passed to ``save_pretrained`` of the model.
     """
     is_adapter = gem.mode != "full"
+    gem.base.check_vocabulary(gem.source.folder)
     if is_adapter:
         check_base_unchanged(gem.base, gem.source, gem.freeze_base)
     _remove_leftovers(folder, gem.source.folder)

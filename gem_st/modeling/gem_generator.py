@@ -164,7 +164,8 @@ class Generator:
             if is_assisted and past.get_seq_length():
                 raise ValueError(f"Assisted generation ({', '.join(ASSISTED_GENERATION)}) cannot start from a cache.")
             generate_kwargs |= {"use_cache": True, cache_name(create_masks_for_generate): past}
-        options = {"pad_token_id": self.base.text.pad_token_id, **generate_kwargs, "return_dict_in_generate": True}
+        generate_kwargs["pad_token_id"] = self._pad_token_id(generate_kwargs)
+        options = {**generate_kwargs, "return_dict_in_generate": True}
         return self.base.model.generate(input_ids, attention_mask=attention_mask, **options)
 
     def reconstruct(self, memory: GemMemory, **generate_kwargs: Any) -> list[str]:
@@ -211,9 +212,14 @@ class Generator:
         eos = self._option("eos_token_id", generate_kwargs)
         eos_ids = torch.as_tensor([] if eos is None else eos, device=new_ids.device).reshape(-1)
         is_over = torch.isin(new_ids, eos_ids).cumsum(dim=1) > 0
-        is_text = new_ids != generate_kwargs.get("pad_token_id", self.base.text.pad_token_id)
+        is_text = new_ids != self._pad_token_id(generate_kwargs)
         is_padding = is_text.flip(1).cumsum(dim=1).flip(1) == 0
         return ~is_over & ~is_padding
+
+    def _pad_token_id(self, generate_kwargs: dict[str, Any]) -> int:
+        """As given, unless the model has no row for it that finished rows could read."""
+        given = generate_kwargs.get("pad_token_id")
+        return self.base.text.pad_token_id if given is None or not self.base.text.is_readable(given) else given
 
     def _option(self, name: str, generate_kwargs: dict[str, Any], default: Any = None) -> Any:
         """An option of `generate`: as given, else of the given `generation_config`, else of the model's."""

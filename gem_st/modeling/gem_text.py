@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,11 +24,17 @@ class TextCodec:
     Args:
         tokenizer: The base model's.
         hidden_names: Names of tokens that a text may not spell out, such as those of GEM tokens.
+
+    Attributes, set once they are known:
+        gem_token_ids: Ids that no token of a text may have.
+        model_config: Its ``vocab_size`` is the number of rows that ids of a text may name.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, hidden_names: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.hidden_names = tuple(hidden_names)
+        self.gem_token_ids: frozenset[int] = frozenset()
+        self.model_config: Any = None
         self._own = OwnTokenizer()
 
     @property
@@ -61,10 +68,29 @@ class TextCodec:
         options = {"add_special_tokens": add_special_tokens, "padding": False, "return_attention_mask": False}
         tokenizer = self.own_tokenizer
         rows = tokenizer(texts, verbose=False, **options)["input_ids"]
+        self._check_ids(rows)
         if max_tokens is None or all(len(row) <= max_tokens for row in rows):
             return rows
         around = count_around(tokenizer) if add_special_tokens else (0, 0)
         return [self._truncate(row, max_tokens, *around) for row in rows]
+
+    def is_readable(self, token_id: int) -> bool:
+        """True if the model has a row for a token, and it is no GEM token's."""
+        num_rows = getattr(self.model_config, "vocab_size", math.inf)
+        return token_id < num_rows and token_id not in self.gem_token_ids
+
+    def _check_ids(self, rows: list[list[int]]) -> None:
+        """Raise if a text holds a token whose row is missing or a GEM token's: one that was added too late."""
+        for index, row in enumerate(rows):
+            if all(map(self.is_readable, (max(row, default=0), *self.gem_token_ids.intersection(row)))):
+                continue
+            token_id = next(token_id for token_id in row if not self.is_readable(token_id))
+            what = "that of a GEM token" if token_id in self.gem_token_ids else "beyond the model's vocabulary"
+            raise ValueError(
+                f"Input {index} of {len(rows)} holds the token {self.tokenizer.convert_ids_to_tokens(token_id)!r}, "
+                f"whose id {token_id} is {what}: it was added to the tokenizer after the model was made. Add tokens "
+                "to the base, and resize its embeddings, before GemTransformer reads it; or leave them out of texts."
+            )
 
     def _truncate(self, row: list[int], max_tokens: int, num_before: int, num_after: int) -> list[int]:
         """Cut the text and keep what the tokenizer puts around it; its own truncation would change its state."""
@@ -128,9 +154,9 @@ class TextCodec:
 
     @property
     def pad_token_id(self) -> int:
-        """Id written into padding; it is never attended to, so that any id does."""
+        """Id written into padding; it is never attended to, so that any id does for which the model has a row."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(token_id for token_id in candidates if token_id is not None)
+        return next(token_id for token_id in candidates if token_id is not None and self.is_readable(token_id))
 
     @property
     def num_special_tokens(self) -> int:
