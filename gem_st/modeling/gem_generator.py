@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
+from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.masking_utils import create_masks_for_generate
 
 from .gem_base import GemBase
@@ -25,6 +26,10 @@ class GeneratedText(NamedTuple):
 
     text: str | list[str]
     cache: GemCache
+
+
+class WithoutGemTokens(SuppressTokensLogitsProcessor):
+    """Has no GEM token written; as a class of its own, so that it takes the place of no other list of tokens."""
 
 
 class Reader:
@@ -154,9 +159,9 @@ class Generator:
         Raises:
             ValueError: If the options cannot be had with a cache.
         """
-        suppressed = {*(generate_kwargs.pop("suppress_tokens", None) or []), *self.suppressed}
-        if suppressed:
-            generate_kwargs["suppress_tokens"] = sorted(suppressed)
+        if self.suppressed:  # beside the option `suppress_tokens`, which is the user's and the base's
+            own = WithoutGemTokens(self.suppressed, device=input_ids.device)
+            generate_kwargs["logits_processor"] = [*(generate_kwargs.get("logits_processor") or []), own]
         if past is not None:
             if generate_kwargs.get("use_cache", True) is False:
                 raise ValueError("use_cache=False was given, but a cache is to be read or returned.")
@@ -223,6 +228,6 @@ class Generator:
 
     def _option(self, name: str, generate_kwargs: dict[str, Any], default: Any = None) -> Any:
         """An option of `generate`: as given, else of the given `generation_config`, else of the model's."""
-        config = generate_kwargs.get("generation_config") or self.base.model.generation_config
-        value = generate_kwargs.get(name, getattr(config, name, None))
-        return default if value is None else value
+        configs = (generate_kwargs.get("generation_config"), self.base.model.generation_config)
+        values = [generate_kwargs[name]] if name in generate_kwargs else [getattr(c, name, None) for c in configs]
+        return next((value for value in values if value is not None), default)
