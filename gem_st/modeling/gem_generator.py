@@ -160,7 +160,7 @@ class Generator:
             ValueError: If the options cannot be had with a cache.
         """
         if self.suppressed:  # beside the option `suppress_tokens`, which is the user's and the base's
-            own = WithoutGemTokens(self.suppressed, device=input_ids.device)
+            own = WithoutGemTokens(self.suppressed, device=str(input_ids.device))
             generate_kwargs["logits_processor"] = [*(generate_kwargs.get("logits_processor") or []), own]
         if past is not None:
             if generate_kwargs.get("use_cache", True) is False:
@@ -178,7 +178,8 @@ class Generator:
         if getattr(memory, "kind", type(memory).__name__) != GemMemory.kind:
             raise ValueError(f"A GemMemory is needed, got {type(memory).__name__}. `compress` makes one.")
         self.base.check_weights(memory)
-        num_new = (memory.lengths - self.base.text.num_special_tokens).clamp(min=0).tolist()
+        num_around = self.base.text.num_special_tokens + len(self.base.text.end_ids)
+        num_new = (memory.lengths - num_around).clamp(min=0).tolist()
         longest = max(num_new, default=0)
         if longest < 1:
             return [""] * len(memory)

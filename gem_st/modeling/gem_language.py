@@ -32,11 +32,12 @@ class LanguageMethods(GemParts):
                 Longer texts are truncated as `encode` does, with a warning.
 
         Returns:
-            A cache of B rows, whose GEM tokens are yet to come.
+            A cache of B rows, whose GEM tokens are yet to come, and so are the tokens that some tokenizers put behind
+            every text: :meth:`embed` reads them, and :meth:`generate` goes on where the text ends.
         """
         text, width = self.base.text, self._num_places(max_length)
         rows, _ = text.encode_prompts(texts, prompt or "")
-        if any(len(row) > width for row in rows):
+        if any(len(row) > width - len(text.end_ids) for row in rows):
             logger.warning(
                 f"Some of {len(rows)} texts were truncated to {width} tokens; raise max_length to keep more."
             )
@@ -79,7 +80,7 @@ class LanguageMethods(GemParts):
             ValueError: If the cache is not of this model.
         """
         with Evaluating(self):
-            return self.embedder.embed_cache(cache).to(self.embedding_dtype)
+            return self.embedder.embed_cache(self._end(cache)).to(self.embedding_dtype)
 
     summarize = embed
 
@@ -95,7 +96,12 @@ class LanguageMethods(GemParts):
         """
         cache: Any = texts if hasattr(texts, "weights_tag") else self.prefill(texts)
         with Evaluating(self):
-            return self.embedder.compress(cache)
+            return self.embedder.compress(self._end(cache))
+
+    def _end(self, cache: GemCache) -> GemCache:
+        """What a cache has read, with the tokens that the tokenizer puts behind a text that is embedded, if any."""
+        end_ids = self.base.text.end_ids
+        return self.reader.append(cache, [end_ids] * len(cache)) if end_ids else cache
 
     @torch.no_grad()
     def reconstruct(self, memory: GemMemory, **generate_kwargs: Any) -> list[str]:

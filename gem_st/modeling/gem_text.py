@@ -110,16 +110,22 @@ class TextCodec:
     def encode_prompts(
         self, prompts: Prompts, prefix: str = "", max_tokens: int | None = None
     ) -> tuple[list[list[int]], bool]:
-        """Token ids of each prompt, and whether a single one was given."""
+        """Token ids of each prompt, and whether a single one was given.
+
+        They end where the text ends, so that it can be continued: without the tokens that some tokenizers put behind
+        every text, which :attr:`end_ids` are. The place of these counts in ``max_tokens``.
+        """
         if not isinstance(prompts, str | list | tuple):
             raise ValueError(f"Prompts are a text, messages, or a list of either, got {type(prompts).__name__}.")
         is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
         batch: list[Any] = [prompts] if is_single else list(prompts)
         if not batch:
             return [], is_single
+        num_end = len(self.end_ids)
         if isinstance(batch[0], list):
-            return self.encode(self._render_chat(batch), "", max_tokens, add_special_tokens=False), is_single
-        return self.encode(batch, prefix, max_tokens), is_single
+            room = None if max_tokens is None else max_tokens - num_end
+            return self.encode(self._render_chat(batch), "", room, add_special_tokens=False), is_single
+        return [row[: len(row) - num_end] for row in self.encode(batch, prefix, max_tokens)], is_single
 
     def _render_chat(self, conversations: list[list[dict[str, str]]]) -> list[str]:
         if self.tokenizer.chat_template is None:
@@ -162,6 +168,13 @@ class TextCodec:
     def num_special_tokens(self) -> int:
         """Special tokens, BOS in most models, that the tokenizer puts before a text."""
         return count_around(self.own_tokenizer)[0]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Special tokens, none in most models, that the tokenizer puts behind a text that is embedded."""
+        tokenizer = self.own_tokenizer
+        whole = tokenizer("a")["input_ids"]
+        return whole[len(whole) - count_around(tokenizer)[1] :]
 
 
 def count_around(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
