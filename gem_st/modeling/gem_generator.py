@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.masking_utils import create_masks_for_generate
 
 from .gem_base import GemBase
+from .gem_batches import BATCH_SIZE, options_of_rows, order_of, slices, split_rows
 from .gem_cache import GemCache, GemMemory, cache_name, cache_of, tensors_of
 from .gem_probes import BaseFacts
 from .gem_text import Prompts
@@ -105,45 +107,81 @@ class Generator:
         *,
         cache: GemCache | None = None,
         return_cache: bool = False,
+        batch_size: int = BATCH_SIZE,
         **generate_kwargs: Any,
     ) -> str | list[str] | GeneratedText:
         """Continue texts or what a cache has read, see :meth:`GemTransformer.generate`."""
         if (prompts is None) == (cache is None):
             raise ValueError("generate needs either prompts or a cache, and not both.")
-        text, is_single, past = self.base.text, False, None
         if return_cache:
             self.reader.facts.require_cache()
-            past = DynamicCache()
             if self._option("num_beams", generate_kwargs, 1) > 1:
                 raise ValueError("return_cache=True needs num_beams=1.")
+        is_single = False
+        begin: Callable[[list[int]], tuple[Tensor, Tensor, DynamicCache | None]]
         if cache is None:
             assert prompts is not None
-            rows, is_single = text.encode_prompts(prompts)
+            rows, is_single = self._rows_of(prompts)
             if not rows and return_cache:
                 raise ValueError("There is nothing to read: an empty list was given.")
-            if not rows:
-                return []
-            empty = [] if text.tokenizer.bos_token_id is None else [text.tokenizer.bos_token_id]
-            if any(not row for row in rows) and not empty:
-                raise ValueError("An empty prompt needs a tokenizer with a BOS token to start from; give some text.")
-            inputs = text.pad([torch.tensor(row or empty) for row in rows], padding_side="left")
-            ids, real = (inputs[name].to(self.base.model.device) for name in ("input_ids", "attention_mask"))
+            lengths, begin = [len(row) for row in rows], partial(self._begin_with_rows, rows, return_cache)
         else:
             self.base.check_cache(cache)
             if len(cache) == 0 or bool((cache.lengths == 0).any()):
                 raise ValueError("A row of the cache is empty: there is nothing to continue.")
-            ids, real = cache.input_ids, cache.attention_mask.long()
-            # The last token is read again, for its logits.
-            past = cache_of((tensor[:, :, :-1] for tensor in layer) for layer in cache.layers)
-            names = ("num_beams", "num_return_sequences")
-            past.batch_repeat_interleave(max(self._option(name, generate_kwargs, 1) for name in names))
+            lengths, begin = cache.lengths.tolist(), partial(self._begin_with_cache, cache, generate_kwargs)
+        batches = split_rows(lengths, batch_size)
+        parts = [
+            self._write(*begin(batch), return_cache, options_of_rows(generate_kwargs, batch, len(lengths)))
+            for batch in batches
+        ]
+        order = order_of(batches, [len(texts) for texts, _ in parts])
+        texts = [text for new_texts, _ in parts for text in new_texts]
+        texts = [texts[index] for index in order]
+        result = texts[0] if is_single and len(texts) == 1 else texts
+        if not return_cache:
+            return result
+        caches = [new_cache for _, new_cache in parts if new_cache is not None]
+        return GeneratedText(result, caches[0] if len(caches) == 1 else GemCache.join(caches)[order])
+
+    def _rows_of(self, prompts: Prompts) -> tuple[list[list[int]], bool]:
+        """Token ids of prompts, of which none is empty, and whether a single one was given."""
+        text = self.base.text
+        rows, is_single = text.encode_prompts(prompts)
+        empty = [] if text.tokenizer.bos_token_id is None else [text.tokenizer.bos_token_id]
+        if any(not row for row in rows) and not empty:
+            raise ValueError("An empty prompt needs a tokenizer with a BOS token to start from; give some text.")
+        return [row or empty for row in rows], is_single
+
+    def _begin_with_rows(
+        self, rows: list[list[int]], keep: bool, batch: list[int]
+    ) -> tuple[Tensor, Tensor, DynamicCache | None]:
+        """Ids and mask of some of the rows, and a cache to be written to if what is read is kept."""
+        inputs = self.base.text.pad([torch.tensor(rows[index]) for index in batch], padding_side="left")
+        ids, real = (inputs[name].to(self.base.model.device) for name in ("input_ids", "attention_mask"))
+        return ids, real, DynamicCache() if keep else None
+
+    def _begin_with_cache(
+        self, cache: GemCache, generate_kwargs: dict[str, Any], batch: list[int]
+    ) -> tuple[Tensor, Tensor, DynamicCache]:
+        """Ids and mask of some of the rows of a cache, and their keys and values, which are written to."""
+        cache = cache if len(batch) == len(cache) else cache[batch]
+        # The last token is read again, for its logits.
+        past = cache_of((tensor[:, :, :-1] for tensor in layer) for layer in cache.layers)
+        names = ("num_beams", "num_return_sequences")
+        past.batch_repeat_interleave(max(self._option(name, generate_kwargs, 1) for name in names))
+        return cache.input_ids, cache.attention_mask.long(), past
+
+    def _write(
+        self, ids: Tensor, real: Tensor, past: DynamicCache | None, return_cache: bool, generate_kwargs: dict[str, Any]
+    ) -> tuple[list[str], GemCache | None]:
+        """What is written behind the rows of one batch. Shape: ``(B, T)`` each"""
         output = self.continue_ids(ids, real, past, **generate_kwargs)
         written = self._is_written(output.sequences[:, ids.shape[1] :], generate_kwargs)
         keep = F.pad(written, (ids.shape[1], 0), value=True)
         sequences = [sequence[mask] for sequence, mask in zip(output.sequences, keep, strict=True)]
-        new_texts = [text.decode_continuation(sequence, ids.shape[1]) for sequence in sequences]
-        result = new_texts[0] if is_single and len(new_texts) == 1 else new_texts
-        return GeneratedText(result, self._cache_of_output(output, real, written)) if return_cache else result
+        texts = [self.base.text.decode_continuation(sequence, ids.shape[1]) for sequence in sequences]
+        return texts, self._cache_of_output(output, real, written) if return_cache else None
 
     def continue_ids(
         self, input_ids: Tensor, attention_mask: Tensor, past: DynamicCache | None = None, **generate_kwargs: Any
@@ -173,11 +211,15 @@ class Generator:
         options = {**generate_kwargs, "return_dict_in_generate": True}
         return self.base.model.generate(input_ids, attention_mask=attention_mask, **options)
 
-    def reconstruct(self, memory: GemMemory, **generate_kwargs: Any) -> list[str]:
+    def reconstruct(self, memory: GemMemory, *, batch_size: int = BATCH_SIZE, **generate_kwargs: Any) -> list[str]:
         """Write the texts that a memory was made of, see :meth:`GemTransformer.reconstruct`."""
         if getattr(memory, "kind", type(memory).__name__) != GemMemory.kind:
             raise ValueError(f"A GemMemory is needed, got {type(memory).__name__}. `compress` makes one.")
         self.base.check_weights(memory)
+        parts = [memory[rows] for rows in slices(len(memory), batch_size)]
+        return [text for part in parts for text in self._reconstruct(part, generate_kwargs)]
+
+    def _reconstruct(self, memory: GemMemory, generate_kwargs: dict[str, Any]) -> list[str]:
         num_around = self.base.text.num_special_tokens + len(self.base.text.end_ids)
         num_new = (memory.lengths - num_around).clamp(min=0).tolist()
         longest = max(num_new, default=0)

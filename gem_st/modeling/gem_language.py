@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .gem_base import Evaluating
+from .gem_batches import BATCH_SIZE, slices
 from .gem_cache import GemCache, GemMemory
 from .gem_generator import GeneratedText
 from .gem_parts import GemParts
@@ -22,7 +23,14 @@ class LanguageMethods(GemParts):
     """Methods of :class:`GemTransformer` that take texts or caches, and put the module in evaluation mode meanwhile."""
 
     @torch.no_grad()
-    def prefill(self, texts: Prompts, *, prompt: str | None = None, max_length: int | None = None) -> GemCache:
+    def prefill(
+        self,
+        texts: Prompts,
+        *,
+        prompt: str | None = None,
+        max_length: int | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> GemCache:
         """Read texts once, to embed and to continue them.
 
         Args:
@@ -30,20 +38,29 @@ class LanguageMethods(GemParts):
             prompt: Put before every text; none of the model's prompts is by itself.
             max_length: Tokens in a row, the K places for GEM tokens included, instead of :attr:`max_seq_length`.
                 Longer texts are truncated as `encode` does, with a warning.
+            batch_size: Texts that are read at once.
 
         Returns:
             A cache of B rows, whose GEM tokens are yet to come, and so are the tokens that some tokenizers put behind
             every text: :meth:`embed` reads them, and :meth:`generate` goes on where the text ends.
         """
+        rows = self._rows_of(texts, prompt or "", max_length)
+        with Evaluating(self):
+            parts = [self.reader.append(None, rows[part]) for part in slices(len(rows), batch_size)]
+        return parts[0] if len(parts) == 1 else GemCache.join(parts)
+
+    def _rows_of(self, texts: Prompts, prompt: str = "", max_length: int | None = None) -> list[list[int]]:
+        """Token ids of texts, with a warning if some had to be truncated."""
         text, width = self.base.text, self._num_places(max_length)
-        rows, _ = text.encode_prompts(texts, prompt or "")
+        rows, _ = text.encode_prompts(texts, prompt)
+        if not rows:
+            raise ValueError("There is nothing to read: an empty list was given.")
         if any(len(row) > width - len(text.end_ids) for row in rows):
             logger.warning(
                 f"Some of {len(rows)} texts were truncated to {width} tokens; raise max_length to keep more."
             )
-            rows, _ = text.encode_prompts(texts, prompt or "", width)
-        with Evaluating(self):
-            return self.reader.append(None, rows)
+            rows, _ = text.encode_prompts(texts, prompt, width)
+        return rows
 
     @torch.no_grad()
     def extend(self, cache: GemCache, texts: str | Sequence[str]) -> GemCache:
@@ -85,18 +102,23 @@ class LanguageMethods(GemParts):
     summarize = embed
 
     @torch.no_grad()
-    def compress(self, texts: Prompts | GemCache) -> GemMemory:
+    def compress(self, texts: Prompts | GemCache, *, batch_size: int = BATCH_SIZE) -> GemMemory:
         """Keep of texts only the keys and values of their K GEM tokens (paper, table 6).
 
         Args:
             texts: Texts or chat messages, or a cache that has read them.
+            batch_size: Texts that are read at once.
 
         Returns:
             A memory of B rows, whose size does not depend on the texts' length.
         """
-        cache: Any = texts if hasattr(texts, "weights_tag") else self.prefill(texts)
+        given: Any = texts
         with Evaluating(self):
-            return self.embedder.compress(self._end(cache))
+            if hasattr(given, "weights_tag"):
+                return self.embedder.compress(self._end(given))
+            rows = self._rows_of(given)
+            parts = (self.reader.append(None, rows[part]) for part in slices(len(rows), batch_size))
+            return GemMemory.join([self.embedder.compress(self._end(part)) for part in parts])
 
     def _end(self, cache: GemCache) -> GemCache:
         """What a cache has read, with the tokens that the tokenizer puts behind a text that is embedded, if any."""
@@ -104,7 +126,7 @@ class LanguageMethods(GemParts):
         return self.reader.append(cache, [end_ids] * len(cache)) if end_ids else cache
 
     @torch.no_grad()
-    def reconstruct(self, memory: GemMemory, **generate_kwargs: Any) -> list[str]:
+    def reconstruct(self, memory: GemMemory, *, batch_size: int = BATCH_SIZE, **generate_kwargs: Any) -> list[str]:
         """Write the texts that a memory was made of, as far as it holds them (paper, table 6).
 
         It takes a model trained with the reconstruction task of :class:`gem_st.GemLoss`. Decoding is greedy unless
@@ -112,6 +134,7 @@ class LanguageMethods(GemParts):
 
         Args:
             memory: From :meth:`compress`.
+            batch_size: Texts that are written at once.
             **generate_kwargs: Passed to transformers' ``generate``; the first token is always the most likely one.
 
         Returns:
@@ -121,7 +144,7 @@ class LanguageMethods(GemParts):
             ValueError: If it is no memory.
         """
         with Evaluating(self):
-            return self.generator.reconstruct(memory, **generate_kwargs)
+            return self.generator.reconstruct(memory, batch_size=batch_size, **generate_kwargs)
 
     def generate(
         self,
@@ -129,6 +152,7 @@ class LanguageMethods(GemParts):
         *,
         cache: GemCache | None = None,
         return_cache: bool = False,
+        batch_size: int = BATCH_SIZE,
         **generate_kwargs: Any,
     ) -> str | list[str] | GeneratedText:
         """Continue text, or answer chat messages, as the language model that this model still is.
@@ -138,6 +162,7 @@ class LanguageMethods(GemParts):
                 or a list of such conversations. Messages need a tokenizer with a chat template.
             cache: What was read before, instead of prompts; it stays as it is.
             return_cache: Also return what was read and written, without the end token, to be embedded or extended.
+            batch_size: Rows that are continued at once, of like length; the order of the results is that of the rows.
             **generate_kwargs: Passed to transformers' ``generate``, e.g. ``max_new_tokens=40, do_sample=True``.
 
         Returns:
@@ -149,6 +174,6 @@ class LanguageMethods(GemParts):
             ValueError: If a prompt is not text, messages are given and the tokenizer has no chat template, or there
                 is not either a prompt or a cache to start from.
         """
-        options = {"cache": cache, "return_cache": return_cache, **generate_kwargs}
+        options = {"cache": cache, "return_cache": return_cache, "batch_size": batch_size, **generate_kwargs}
         with Evaluating(self):
             return self.generator.generate(prompts, **options)
