@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,17 +23,24 @@ def slices(num_rows: int, batch_size: int) -> Iterator[slice]:
     return (slice(start, start + batch_size) for start in range(0, num_rows, batch_size))
 
 
-def split_rows(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def split_rows(lengths: Sequence[int], batch_size: int, stopped: Collection[int] = ()) -> list[list[int]]:
     """Indices of rows that are continued together: in their order if all are, otherwise those of like length.
 
     Args:
         lengths: Tokens in each row.
         batch_size: Rows in a batch, at most.
+        stopped: Lengths from which the model's positions run out. Such rows are only with those of the same length,
+            so that all stop at once.
     """
-    rows = list(range(len(lengths)))
-    if len(rows) > batch_size:
-        rows.sort(key=lengths.__getitem__, reverse=True)
-    return [sorted(rows[part]) for part in slices(len(rows), batch_size)]
+    groups: dict[int | None, list[int]] = {}
+    for row, length in enumerate(lengths):
+        groups.setdefault(length if length in stopped else None, []).append(row)
+    batches = []
+    for rows in groups.values():
+        if len(rows) > batch_size:
+            rows.sort(key=lengths.__getitem__, reverse=True)
+        batches += [sorted(rows[part]) for part in slices(len(rows), batch_size)]
+    return batches
 
 
 def options_of_rows(generate_kwargs: dict[str, Any], rows: list[int], num_rows: int) -> dict[str, Any]:

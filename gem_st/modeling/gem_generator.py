@@ -14,7 +14,7 @@ from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.masking_utils import create_masks_for_generate
 
 from .gem_base import GemBase
-from .gem_batches import BATCH_SIZE, options_of_rows, order_of, slices, split_rows
+from .gem_batches import BATCH_SIZE, options_of_rows, order_of, split_rows
 from .gem_cache import GemCache, GemMemory, cache_name, cache_of, tensors_of
 from .gem_probes import BaseFacts
 from .gem_text import Prompts
@@ -130,11 +130,14 @@ class Generator:
             if len(cache) == 0 or bool((cache.lengths == 0).any()):
                 raise ValueError("A row of the cache is empty: there is nothing to continue.")
             lengths, begin = cache.lengths.tolist(), partial(self._begin_with_cache, cache, generate_kwargs)
-        batches = split_rows(lengths, batch_size)
-        parts = [
-            self._write(*begin(batch), return_cache, options_of_rows(generate_kwargs, batch, len(lengths)))
-            for batch in batches
-        ]
+        stopped = self._stopped(lengths, generate_kwargs, return_cache)
+        batches = split_rows(lengths, batch_size, stopped)
+        parts = []
+        for batch in batches:
+            options = options_of_rows(generate_kwargs, batch, len(lengths))
+            if (length := lengths[batch[0]]) in stopped:
+                options = {**options, "max_length": None, "max_new_tokens": stopped[length]}
+            parts.append(self._write(*begin(batch), return_cache, options))
         order = order_of(batches, [len(texts) for texts, _ in parts])
         texts = [text for new_texts, _ in parts for text in new_texts]
         texts = [texts[index] for index in order]
@@ -143,6 +146,20 @@ class Generator:
             return result
         caches = [new_cache for _, new_cache in parts if new_cache is not None]
         return GeneratedText(result, caches[0] if len(caches) == 1 else GemCache.join(caches)[order])
+
+    def _stopped(self, lengths: list[int], generate_kwargs: dict[str, Any], keep: bool) -> dict[int, int]:
+        """Of rows that would outgrow the model's positions, or a context that is read back, the tokens that fit in."""
+        limits = (self.reader.facts.num_positions, *((self.base.context, self.base.rope_limit) if keep else ()))
+        limit, longest = min(limits), max(lengths, default=0)
+        if longest >= limit:
+            raise ValueError(
+                f"{longest} tokens leave no place to write in the model's context of {limit:.0f}. Shorten the texts, "
+                "or the cache with cache.crop(...)."
+            )
+        num_new = self._option("max_new_tokens", generate_kwargs)
+        max_length = self._option("max_length", generate_kwargs)
+        ends = {length: (max_length or length + 20) if num_new is None else length + num_new for length in lengths}
+        return {length: int(limit) - length for length, end in ends.items() if end > limit}
 
     def _rows_of(self, prompts: Prompts) -> tuple[list[list[int]], bool]:
         """Token ids of prompts, of which none is empty, and whether a single one was given."""
@@ -165,7 +182,9 @@ class Generator:
         self, cache: GemCache, generate_kwargs: dict[str, Any], batch: list[int]
     ) -> tuple[Tensor, Tensor, DynamicCache]:
         """Ids and mask of some of the rows of a cache, and their keys and values, which are written to."""
-        cache = cache if len(batch) == len(cache) else cache[batch]
+        if len(batch) < len(cache):
+            cache = cache[batch]
+            cache = cache.keep(cache.attention_mask)  # without padding that no row of it needs
         # The last token is read again, for its logits.
         past = cache_of((tensor[:, :, :-1] for tensor in layer) for layer in cache.layers)
         names = ("num_beams", "num_return_sequences")
@@ -216,13 +235,18 @@ class Generator:
         if getattr(memory, "kind", type(memory).__name__) != GemMemory.kind:
             raise ValueError(f"A GemMemory is needed, got {type(memory).__name__}. `compress` makes one.")
         self.base.check_weights(memory)
-        parts = [memory[rows] for rows in slices(len(memory), batch_size)]
-        return [text for part in parts for text in self._reconstruct(part, generate_kwargs)]
-
-    def _reconstruct(self, memory: GemMemory, generate_kwargs: dict[str, Any]) -> list[str]:
         num_around = self.base.text.num_special_tokens + len(self.base.text.end_ids)
-        num_new = (memory.lengths - num_around).clamp(min=0).tolist()
-        longest = max(num_new, default=0)
+        limit, lengths = self.reader.facts.num_positions, memory.lengths.tolist()
+        num_new = [int(max(0, min(length - num_around, limit - length))) for length in lengths]
+        stopped = {length for length in lengths if length + max(num_new) > limit}
+        batches = split_rows(lengths, batch_size, stopped)
+        parts = [self._reconstruct(memory[rows], [num_new[row] for row in rows], generate_kwargs) for rows in batches]
+        texts = [text for part in parts for text in part]
+        return [texts[index] for index in order_of(batches, [len(part) for part in parts])]
+
+    def _reconstruct(self, memory: GemMemory, num_new: list[int], generate_kwargs: dict[str, Any]) -> list[str]:
+        """Write so many tokens of each text of one batch."""
+        longest = max(num_new)
         if longest < 1:
             return [""] * len(memory)
         logits = self.base.logits(memory.last_hidden_state)
@@ -230,13 +254,14 @@ class Generator:
         # The ids of the GEM tokens are not read again: their keys and values are there.
         ids = F.pad(logits.argmax(dim=-1, keepdim=True), (len(self.tokens), 0), value=self.base.text.pad_token_id)
         sequences = ids
-        if longest > 1:
+        max_new_tokens = min(generate_kwargs.get("max_new_tokens") or longest, longest - 1)
+        if max_new_tokens > 0:
             sequences = self.continue_ids(
                 ids,
                 torch.ones_like(ids),
                 cache_of(memory.layers),
                 position_ids=memory.lengths[:, None] + 1 + torch.arange(-len(self.tokens), 1, device=ids.device),
-                **{"do_sample": False, "max_new_tokens": longest - 1, **generate_kwargs},
+                **{"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens},
             ).sequences
         new = sequences[:, len(self.tokens) :]
         written = self._is_written(new, generate_kwargs)

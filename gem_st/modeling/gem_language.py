@@ -168,11 +168,12 @@ class LanguageMethods(GemParts):
         Returns:
             The new text, without the prompt: a string for a single prompt, otherwise, and for a cache, a list of
             strings. With ``num_return_sequences`` above 1 always a list, all sequences of a prompt in a row. With
-            ``return_cache`` the pair ``(text, cache)``.
+            ``return_cache`` the pair ``(text, cache)``. Text stops where the model's context ends if it looks positions
+            up in a table, as GPT-2 does, or if the cache is returned.
 
         Raises:
-            ValueError: If a prompt is not text, messages are given and the tokenizer has no chat template, or there
-                is not either a prompt or a cache to start from.
+            ValueError: If a prompt is not text, messages are given and the tokenizer has no chat template, there
+                is not either a prompt or a cache to start from, or no place is left to write in such a context.
         """
         options = {"cache": cache, "return_cache": return_cache, "batch_size": batch_size, **generate_kwargs}
         with Evaluating(self):
