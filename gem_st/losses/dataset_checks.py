@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..modeling.gem_text import NOT_UNICODE, find_surrogate
+
 logger = logging.get_logger(__name__)
 
 LABEL_COLUMNS = ("label", "labels", "score", "scores")
@@ -107,6 +109,10 @@ def _check_values(column: str, values: list[Any], kind: str) -> None:
             raise ValueError(
                 f"Row {index} of column {column!r} of the {kind} set is {value!r:.60} ({type(value).__name__}), not "
                 "text. Drop such rows with dataset.filter(...)."
+            )
+        if (place := find_surrogate(value)) is not None:
+            raise ValueError(
+                f"Row {index} of column {column!r} of the {kind} set has {value[place]!r} at {place}, {NOT_UNICODE}"
             )
     if not any(value.strip() for value in values):
         raise ValueError(f"Column {column!r} of the {kind} set is empty in its first {len(values)} rows. Drop it.")

@@ -17,6 +17,12 @@ from .gem_own_tokenizer import OwnTokenizer
 Prompts = str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]]
 """A text, texts, the messages of a conversation, or conversations."""
 
+NOT_UNICODE = (
+    "half of a surrogate pair, which is no text. Mend it with "
+    "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'), or drop it."
+)
+"""What is wrong with a text that was cut within an emoji, or decoded with ``surrogateescape``, and what to do."""
+
 
 class TextCodec:
     """Turns texts into token ids and back.
@@ -52,7 +58,7 @@ class TextCodec:
         """Token ids of each text as the base's tokenizer gives them, truncated to ``max_tokens``.
 
         Raises:
-            ValueError: If an input is not a string.
+            ValueError: If an input is not a string of valid Unicode, or holds a token that the model has no row for.
         """
         if isinstance(texts, str):
             raise ValueError(f"A list of texts is needed, got the single text {texts!r:.80}. Put it in a list.")
@@ -63,6 +69,9 @@ class TextCodec:
                     "embedded or generated from. Convert it to str, or drop it."
                 )
         texts = [self._defuse(prompt + text) for text in texts]
+        for index, text in enumerate(texts):
+            if (place := find_surrogate(text)) is not None:
+                raise ValueError(f"Input {index} of {len(texts)} has {text[place]!r} at {place}, {NOT_UNICODE}")
         if not texts:
             return []
         options = {"add_special_tokens": add_special_tokens, "padding": False, "return_attention_mask": False}
@@ -175,6 +184,15 @@ class TextCodec:
         tokenizer = self.own_tokenizer
         whole = tokenizer("a")["input_ids"]
         return whole[len(whole) - count_around(tokenizer)[1] :]
+
+
+def find_surrogate(text: str) -> int | None:
+    """Place of the first half of a surrogate pair, of which no UTF-8 can be made; None in valid text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def count_around(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
