@@ -226,6 +226,8 @@ class Generator:
             if is_assisted and past.get_seq_length():
                 raise ValueError(f"Assisted generation ({', '.join(ASSISTED_GENERATION)}) cannot start from a cache.")
             generate_kwargs |= {"use_cache": True, cache_name(create_masks_for_generate): past}
+        if self._option("stop_strings", generate_kwargs) or "assistant_tokenizer" in generate_kwargs:
+            generate_kwargs.setdefault("tokenizer", self.base.text.tokenizer)
         generate_kwargs["pad_token_id"] = self._pad_token_id(generate_kwargs)
         options = {**generate_kwargs, "return_dict_in_generate": True}
         return self.base.model.generate(input_ids, attention_mask=attention_mask, **options)

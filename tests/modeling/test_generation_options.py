@@ -29,6 +29,7 @@ OPTIONS = {
     "nucleus": {"do_sample": True, "temperature": 0.7, "top_p": 0.6, "top_k": 0},
     "exponential decay": {"exponential_decay_length_penalty": (2, 50.0)},
     "prompt lookup": {"prompt_lookup_num_tokens": 2},
+    "stop_strings": {"stop_strings": ["rm", "zz"]},
     "padding": {"pad_token_id": 5, "eos_token_id": list(range(2, 390, 3))},
 }
 
@@ -37,7 +38,7 @@ def stock_texts(model, tokenizer, prompt, **options) -> list[str]:
     """What transformers writes: the new text of each sequence, up to its end token."""
     ids = tokenizer(prompt, return_tensors="pt")
     hide = [lambda _, scores: scores.index_fill(1, torch.tensor(GEM_TOKENS), -torch.inf)]
-    output = model.generate(**ids, **{"pad_token_id": 1, "logits_processor": hide, **options})
+    output = model.generate(**ids, tokenizer=tokenizer, **{"pad_token_id": 1, "logits_processor": hide, **options})
     config = options.get("generation_config") or model.generation_config
     given = options.get("eos_token_id", config.eos_token_id)
     eos = torch.as_tensor(model.generation_config.eos_token_id if given is None else given).reshape(-1)
@@ -95,3 +96,19 @@ def test_processors_of_the_caller_run_and_none_of_them_brings_a_gem_token_back(m
     favoured = torch.tensor([*gem.gem_token_ids, 7])
     kwargs = {"logits_processor": [lambda _, scores: scores.index_fill(1, favoured, 100.0)], "suppress_tokens": [8]}
     assert gem.generate(PROMPT, **PLAIN, **kwargs) == gem.tokenizer.decode([7] * 12)
+
+
+@pytest.mark.parametrize("settings", [{"num_gem_tokens": 2}, {"num_gem_tokens": 2, "freeze_base": True}])
+def test_rows_stop_at_their_own_string_and_what_was_written_is_kept(make_base, settings):
+    gem = GemTransformer(str(make_base()), **settings)
+    prompts = [PROMPT, "It rained", "Tom had a"]
+    plain = gem.generate(prompts, **PLAIN)
+    stops = [next(letter for letter in text[number:] if letter.isascii()) for number, text in enumerate(plain)]
+    expected = [text[: min(text.index(stop) for stop in stops if stop in text) + 1] for text in plain]
+    assert gem.generate(prompts, **PLAIN, stop_strings=stops) == expected
+    texts, cache = gem.generate(prompts, **PLAIN, stop_strings=stops, return_cache=True)
+    assert texts == expected
+    assert gem.generate(cache=gem.prefill(prompts), **PLAIN, stop_strings=stops[0])[0] == expected[0]
+    rows = [ids[mask] for ids, mask in zip(cache.input_ids, cache.attention_mask, strict=True)]
+    for row, prompt, text in zip(rows, prompts, expected, strict=True):
+        assert gem.tokenizer.decode(row, skip_special_tokens=True) == prompt + text
