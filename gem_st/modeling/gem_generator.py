@@ -108,6 +108,7 @@ class Generator:
         cache: GemCache | None = None,
         return_cache: bool = False,
         batch_size: int = BATCH_SIZE,
+        chat_template_kwargs: dict[str, Any] | None = None,
         **generate_kwargs: Any,
     ) -> str | list[str] | GeneratedText:
         """Continue texts or what a cache has read, see :meth:`GemTransformer.generate`."""
@@ -121,11 +122,13 @@ class Generator:
         begin: Callable[[list[int]], tuple[Tensor, Tensor, DynamicCache | None]]
         if cache is None:
             assert prompts is not None
-            rows, is_single = self._rows_of(prompts)
+            rows, is_single = self._rows_of(prompts, chat_template_kwargs)
             if not rows and return_cache:
                 raise ValueError("There is nothing to read: an empty list was given.")
             lengths, begin = [len(row) for row in rows], partial(self._begin_with_rows, rows, return_cache)
         else:
+            if chat_template_kwargs:
+                raise ValueError("chat_template_kwargs were given with a cache. Give them to `prefill`, which reads.")
             self.base.check_cache(cache)
             if len(cache) == 0 or bool((cache.lengths == 0).any()):
                 raise ValueError("A row of the cache is empty: there is nothing to continue.")
@@ -161,10 +164,10 @@ class Generator:
         ends = {length: (max_length or length + 20) if num_new is None else length + num_new for length in lengths}
         return {length: int(limit) - length for length, end in ends.items() if end > limit}
 
-    def _rows_of(self, prompts: Prompts) -> tuple[list[list[int]], bool]:
+    def _rows_of(self, prompts: Prompts, chat_template_kwargs: Any) -> tuple[list[list[int]], bool]:
         """Token ids of prompts, of which none is empty, and whether a single one was given."""
         text = self.base.text
-        rows, is_single = text.encode_prompts(prompts)
+        rows, is_single = text.encode_prompts(prompts, chat_template_kwargs=chat_template_kwargs)
         empty = [] if text.tokenizer.bos_token_id is None else [text.tokenizer.bos_token_id]
         if any(not row for row in rows) and not empty:
             raise ValueError("An empty prompt needs a tokenizer with a BOS token to start from; give some text.")

@@ -30,6 +30,7 @@ class LanguageMethods(GemParts):
         prompt: str | None = None,
         max_length: int | None = None,
         batch_size: int = BATCH_SIZE,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> GemCache:
         """Read texts once, to embed and to continue them.
 
@@ -39,27 +40,35 @@ class LanguageMethods(GemParts):
             max_length: Tokens in a row, the K places for GEM tokens included, instead of :attr:`max_seq_length`.
                 Longer texts are truncated as `encode` does, with a warning.
             batch_size: Texts that are read at once.
+            chat_template_kwargs: Passed to the tokenizer's ``apply_chat_template``, for messages, e.g.
+                ``{"enable_thinking": False}``, ``{"tools": [...]}`` or ``{"add_generation_prompt": False}``.
 
         Returns:
             A cache of B rows, whose GEM tokens are yet to come, and so are the tokens that some tokenizers put behind
             every text: :meth:`embed` reads them, and :meth:`generate` goes on where the text ends.
         """
-        rows = self._rows_of(texts, prompt or "", max_length)
+        rows = self._rows_of(texts, prompt or "", max_length, chat_template_kwargs)
         with Evaluating(self):
             parts = [self.reader.append(None, rows[part]) for part in slices(len(rows), batch_size)]
         return parts[0] if len(parts) == 1 else GemCache.join(parts)
 
-    def _rows_of(self, texts: Prompts, prompt: str = "", max_length: int | None = None) -> list[list[int]]:
+    def _rows_of(
+        self,
+        texts: Prompts,
+        prompt: str = "",
+        max_length: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[list[int]]:
         """Token ids of texts, with a warning if some had to be truncated."""
         text, width = self.base.text, self._num_places(max_length)
-        rows, _ = text.encode_prompts(texts, prompt)
+        rows, _ = text.encode_prompts(texts, prompt, None, chat_template_kwargs)
         if not rows:
             raise ValueError("There is nothing to read: an empty list was given.")
         if any(len(row) > width - len(text.end_ids) for row in rows):
             logger.warning(
                 f"Some of {len(rows)} texts were truncated to {width} tokens; raise max_length to keep more."
             )
-            rows, _ = text.encode_prompts(texts, prompt, width)
+            rows, _ = text.encode_prompts(texts, prompt, width, chat_template_kwargs)
         return rows
 
     @torch.no_grad()
@@ -102,12 +111,19 @@ class LanguageMethods(GemParts):
     summarize = embed
 
     @torch.no_grad()
-    def compress(self, texts: Prompts | GemCache, *, batch_size: int = BATCH_SIZE) -> GemMemory:
+    def compress(
+        self,
+        texts: Prompts | GemCache,
+        *,
+        batch_size: int = BATCH_SIZE,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> GemMemory:
         """Keep of texts only the keys and values of their K GEM tokens (paper, table 6).
 
         Args:
             texts: Texts or chat messages, or a cache that has read them.
             batch_size: Texts that are read at once.
+            chat_template_kwargs: As :meth:`prefill` takes them.
 
         Returns:
             A memory of B rows, whose size does not depend on the texts' length.
@@ -115,8 +131,10 @@ class LanguageMethods(GemParts):
         given: Any = texts
         with Evaluating(self):
             if hasattr(given, "weights_tag"):
+                if chat_template_kwargs:
+                    raise ValueError("chat_template_kwargs were given with a cache. Give them to `prefill`.")
                 return self.embedder.compress(self._end(given))
-            rows = self._rows_of(given)
+            rows = self._rows_of(given, chat_template_kwargs=chat_template_kwargs)
             parts = (self.reader.append(None, rows[part]) for part in slices(len(rows), batch_size))
             return GemMemory.join([self.embedder.compress(self._end(part)) for part in parts])
 
@@ -153,6 +171,7 @@ class LanguageMethods(GemParts):
         cache: GemCache | None = None,
         return_cache: bool = False,
         batch_size: int = BATCH_SIZE,
+        chat_template_kwargs: dict[str, Any] | None = None,
         **generate_kwargs: Any,
     ) -> str | list[str] | GeneratedText:
         """Continue text, or answer chat messages, as the language model that this model still is.
@@ -163,6 +182,7 @@ class LanguageMethods(GemParts):
             cache: What was read before, instead of prompts; it stays as it is.
             return_cache: Also return what was read and written, without the end token, to be embedded or extended.
             batch_size: Rows that are continued at once, of like length; the order of the results is that of the rows.
+            chat_template_kwargs: As :meth:`prefill` takes them, for messages.
             **generate_kwargs: Passed to transformers' ``generate``, e.g. ``max_new_tokens=40, do_sample=True``.
 
         Returns:
@@ -176,5 +196,6 @@ class LanguageMethods(GemParts):
                 is not either a prompt or a cache to start from, or no place is left to write in such a context.
         """
         options = {"cache": cache, "return_cache": return_cache, "batch_size": batch_size, **generate_kwargs}
+        options["chat_template_kwargs"] = chat_template_kwargs
         with Evaluating(self):
             return self.generator.generate(prompts, **options)

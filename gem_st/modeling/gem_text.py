@@ -117,7 +117,11 @@ class TextCodec:
         return text
 
     def encode_prompts(
-        self, prompts: Prompts, prefix: str = "", max_tokens: int | None = None
+        self,
+        prompts: Prompts,
+        prefix: str = "",
+        max_tokens: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> tuple[list[list[int]], bool]:
         """Token ids of each prompt, and whether a single one was given.
 
@@ -132,17 +136,24 @@ class TextCodec:
             return [], is_single
         num_end = len(self.end_ids)
         if isinstance(batch[0], list):
+            if prefix:
+                raise ValueError(f"prompt={prefix!r} is put before texts. Give messages a system message instead.")
             room = None if max_tokens is None else max_tokens - num_end
-            return self.encode(self._render_chat(batch), "", room, add_special_tokens=False), is_single
+            texts = self._render_chat(batch, chat_template_kwargs or {})
+            return self.encode(texts, "", room, add_special_tokens=False), is_single
+        if chat_template_kwargs:
+            raise ValueError("chat_template_kwargs were given, but plain text, which goes through no chat template.")
         return [row[: len(row) - num_end] for row in self.encode(batch, prefix, max_tokens)], is_single
 
-    def _render_chat(self, conversations: list[list[dict[str, str]]]) -> list[str]:
-        if self.tokenizer.chat_template is None:
+    def _render_chat(self, conversations: list[Any], options: dict[str, Any]) -> list[str]:
+        """The chat template's text of each conversation, up to the start of the answer unless told otherwise."""
+        if self.tokenizer.chat_template is None and options.get("chat_template") is None:
             raise ValueError(
                 "Chat messages were given, but the tokenizer has no chat template. Pass plain text to `generate`, or "
                 "use an instruction-tuned base."
             )
-        rendered: Any = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        start = {"add_generation_prompt": not options.get("continue_final_message", False)}
+        rendered: Any = self.tokenizer.apply_chat_template(conversations, **{**start, **options, "tokenize": False})
         return rendered
 
     def decode_continuation(self, sequence: Tensor, prompt_length: int) -> str:
