@@ -14,7 +14,7 @@ from .gem_batches import BATCH_SIZE, slices
 from .gem_cache import GemCache, GemMemory
 from .gem_generator import GeneratedText
 from .gem_parts import GemParts
-from .gem_text import Prompts
+from .gem_text import Prompts, list_of
 
 logger = logging.get_logger(__name__)
 
@@ -85,7 +85,7 @@ class LanguageMethods(GemParts):
         Raises:
             ValueError: If there are more or fewer texts than rows, or they exceed the model's context.
         """
-        texts = [texts] * len(cache) if isinstance(texts, str) else list(texts)
+        texts = [texts] * len(cache) if isinstance(texts, str) else list_of(texts)
         if len(texts) != len(cache):
             raise ValueError(f"extend needs one text for each of {len(cache)} rows, or one for all, got {len(texts)}.")
         with Evaluating(self):

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sentence_transformers.base.model import BaseModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,12 @@ from .gem_own_tokenizer import OwnTokenizer
 
 Prompts = str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]]
 """A text, texts, the messages of a conversation, or conversations."""
+
+CONTAINERS = (
+    "many texts are a list, tuple, numpy array or column of `datasets`. Make a list of others, such as a pandas Series "
+    "(.tolist()), an Arrow array (.to_pylist()) or a generator (list(...))."
+)
+"""What `encode` of Sentence Transformers takes for a batch, and everything else here with it."""
 
 NOT_UNICODE = (
     "half of a surrogate pair, which is no text. Mend it with "
@@ -66,7 +73,7 @@ class TextCodec:
             if not isinstance(text, str):
                 raise ValueError(
                     f"Input {index} of {len(texts)} is {text!r:.80} ({type(text).__name__}), but only strings can be "
-                    "embedded or generated from. Convert it to str, or drop it."
+                    f"embedded or generated from. Convert it to str, or drop it; {CONTAINERS}"
                 )
         texts = [self._defuse(prompt + text) for text in texts]
         for index, text in enumerate(texts):
@@ -128,14 +135,14 @@ class TextCodec:
         They end where the text ends, so that it can be continued: without the tokens that some tokenizers put behind
         every text, which :attr:`end_ids` are. The place of these counts in ``max_tokens``.
         """
-        if not isinstance(prompts, str | list | tuple):
-            raise ValueError(f"Prompts are a text, messages, or a list of either, got {type(prompts).__name__}.")
-        is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
-        batch: list[Any] = [prompts] if is_single else list(prompts)
+        is_single = isinstance(prompts, str) or is_conversation(prompts)
+        batch: list[Any] = [prompts] if is_single else list_of(prompts)
         if not batch:
             return [], is_single
+        if len({is_conversation(prompt) for prompt in batch}) == 2:
+            raise ValueError("Prompts are all texts or all messages, but these are of both kinds.")
         num_end = len(self.end_ids)
-        if isinstance(batch[0], list):
+        if is_conversation(batch[0]):
             if prefix:
                 raise ValueError(f"prompt={prefix!r} is put before texts. Give messages a system message instead.")
             room = None if max_tokens is None else max_tokens - num_end
@@ -153,7 +160,8 @@ class TextCodec:
                 "use an instruction-tuned base."
             )
         start = {"add_generation_prompt": not options.get("continue_final_message", False)}
-        rendered: Any = self.tokenizer.apply_chat_template(conversations, **{**start, **options, "tokenize": False})
+        batch: Any = [list(messages) for messages in conversations]
+        rendered: Any = self.tokenizer.apply_chat_template(batch, **{**start, **options, "tokenize": False})
         return rendered
 
     def decode_continuation(self, sequence: Tensor, prompt_length: int) -> str:
@@ -195,6 +203,24 @@ class TextCodec:
         tokenizer = self.own_tokenizer
         whole = tokenizer("a")["input_ids"]
         return whole[len(whole) - count_around(tokenizer)[1] :]
+
+
+def list_of(texts: Any) -> list[Any]:
+    """The list of what `encode` of Sentence Transformers takes for a batch.
+
+    Raises:
+        ValueError: If it would take it for a single input.
+    """
+    is_single: Any = BaseModel.is_singular_input
+    if is_single(None, texts):
+        raise ValueError(f"Prompts are a text, messages, or a list of either, got {type(texts).__name__}: {CONTAINERS}")
+    return texts.tolist() if hasattr(texts, "tolist") else list(texts)
+
+
+def is_conversation(prompt: Any) -> bool:
+    """True for the messages of a conversation."""
+    is_sequence = isinstance(prompt, list | tuple) or getattr(prompt, "ndim", 0) == 1
+    return is_sequence and len(prompt) > 0 and isinstance(next(iter(prompt)), dict)
 
 
 def find_surrogate(text: str) -> int | None:
