@@ -12,8 +12,11 @@ from sentence_transformers.base.model import BaseModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .gem_own_tokenizer import OwnTokenizer
+
+logger = logging.get_logger(__name__)
 
 Prompts = str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]]
 """A text, texts, the messages of a conversation, or conversations."""
@@ -85,6 +88,13 @@ class TextCodec:
         tokenizer = self.own_tokenizer
         rows = tokenizer(texts, verbose=False, **options)["input_ids"]
         self._check_ids(rows)
+        start = tokenizer.bos_token_id
+        if add_special_tokens and any(row[:2] == [start, start] for row in rows):
+            logger.warning_once(
+                f"A text begins with {tokenizer.bos_token!r}, as a chat template writes it, and the tokenizer puts "
+                "another one before it, so that it is read twice. Leave it out of the text, or give `generate` and "
+                "`prefill` the messages themselves."
+            )
         if max_tokens is None or all(len(row) <= max_tokens for row in rows):
             return rows
         around = count_around(tokenizer) if add_special_tokens else (0, 0)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from gem_st import GemTransformer
 
@@ -75,3 +76,35 @@ def test_a_template_of_its_own_needs_none_of_the_tokenizers(make_base):
     assert gem.tokenizer.decode(gem.prefill(MESSAGES, **kwargs).input_ids[0]) == MESSAGES[0]["content"]
     with pytest.raises(ValueError, match="no chat template"):
         gem.prefill(MESSAGES)
+
+
+@pytest.fixture
+def warned_of(warnings_of_transformers):
+    """Function that tells how often a call warned of a second BOS."""
+
+    def count(call) -> int:
+        logging.get_logger().warning_once.cache_clear()
+        warnings_of_transformers.clear()
+        call()
+        return warnings_of_transformers.text.count("A text begins with '<bos>'")
+
+    return count
+
+
+def test_text_that_a_template_rendered_gets_a_second_bos_and_a_warning(make_model, warned_of):
+    model = make_model(chat_template="<bos>" + TEMPLATE)
+    gem = model[0]
+    rendered = gem.tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    assert gem.preprocess([rendered])["input_ids"][0, :2].tolist() == [0, 0]  # as the tokenizer has it
+    assert gem.prefill(rendered).input_ids[0].tolist() == gem.tokenizer(rendered)["input_ids"]
+
+    def generate(prompts):
+        return gem.generate(prompts, **GREEDY)
+
+    for read in (model.encode, gem.prefill, generate, gem.compress):
+        assert warned_of(lambda read=read: read([rendered, "It rained"])) == 1
+        assert warned_of(lambda read=read: read(["It rained", "a <bos> b"])) == 0
+    for read in (gem.prefill, generate, gem.compress):
+        assert warned_of(lambda read=read: read(MESSAGES)) == 0
+    assert gem.prefill(MESSAGES).input_ids[0].tolist().count(0) == 1
+    assert warned_of(lambda: gem.extend(gem.prefill("It rained"), "<bos>")) == 0
