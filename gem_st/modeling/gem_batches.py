@@ -47,7 +47,7 @@ def options_of_rows(generate_kwargs: dict[str, Any], rows: list[int], num_rows: 
     """Options of `generate` for some of the rows: those that hold something for each, or are told a row's number."""
     options = dict(generate_kwargs)
     for name, value in generate_kwargs.items():
-        if isinstance(value, Tensor) and value.ndim and len(value) == num_rows:
+        if isinstance(value, Tensor) and value.ndim > 1 and len(value) == num_rows:
             options[name] = value[rows]
     if allowed := generate_kwargs.get("prefix_allowed_tokens_fn"):
         options["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(rows[row], ids)

@@ -171,8 +171,6 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
     elif not is_adapter:
         _save_model(gem, folder, **kwargs)
     if gem.save_base and gem.mode != "lora":
-        if backend := getattr(gem.tokenizer, "backend_tokenizer", None):
-            backend.no_truncation()
         gem.save_tokenizer(str(folder))
     if is_adapter:
         _save_adapter(gem, folder / ADAPTER_FOLDER)

@@ -168,7 +168,8 @@ class Generator:
         """Token ids of prompts, of which none is empty, and whether a single one was given."""
         text = self.base.text
         rows, is_single = text.encode_prompts(prompts, chat_template_kwargs=chat_template_kwargs)
-        empty = [] if text.tokenizer.bos_token_id is None else [text.tokenizer.bos_token_id]
+        start = text.tokenizer.bos_token_id
+        empty = [] if start is None or not text.is_readable(start) else [start]
         if any(not row for row in rows) and not empty:
             raise ValueError("An empty prompt needs a tokenizer with a BOS token to start from; give some text.")
         return [row or empty for row in rows], is_single

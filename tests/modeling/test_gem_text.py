@@ -149,3 +149,13 @@ def test_a_copy_may_be_set_to_truncate():
     tokenizer = build_tokenizer()
     assert len(copy_tokenizer(tokenizer)(CORPUS[0], truncation=True, max_length=4)["input_ids"]) == 4
     assert tokenizer.backend_tokenizer.truncation is None
+
+
+@pytest.mark.parametrize("freeze_base", [False, True])
+def test_a_checkpoint_holds_no_mark_of_a_call(make_base, make_model, tmp_path, freeze_base):
+    model = make_model(freeze_base=freeze_base)
+    model.tokenizer(CORPUS[0], truncation=True, max_length=8)
+    model.tokenizer.backend_tokenizer.enable_padding(length=50)
+    model.save_pretrained(str(tmp_path))
+    assert (tmp_path / "tokenizer.json").read_bytes() == (make_base() / "tokenizer.json").read_bytes()
+    assert model.tokenizer.backend_tokenizer.truncation["max_length"] == 8
