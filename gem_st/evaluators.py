@@ -12,6 +12,8 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .modeling.gem_text import TextCodec
+
 
 @torch.inference_mode()
 def perplexity(
@@ -37,7 +39,7 @@ def perplexity(
     Raises:
         ValueError: If no text has two tokens.
     """
-    ids = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    ids = TextCodec(tokenizer).encode(list(texts), max_tokens=max_length)
     rows = sorted((torch.tensor(row) for row in ids if len(row) > 1), key=len)
     if not rows:
         raise ValueError("Perplexity needs at least one text of two tokens or more.")

@@ -85,10 +85,9 @@ ARCHITECTURES: dict[str, Callable[..., torch.nn.Module]] = {
             num_layers=2,
             num_heads=4,
             attention_types=[[["global", "local"], 1]],
-            max_position_embeddings=256,
             bos_token_id=0,
             eos_token_id=1,
-            **{"window_size": 6, **kw},
+            **{"window_size": 6, "max_position_embeddings": 256, **kw},
         )
     ),
 }

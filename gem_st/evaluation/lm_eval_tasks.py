@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluators import perplexity
+from ..modeling.gem_own_tokenizer import copy_tokenizer
 from .local_files import read_lines, read_rows
 
 logger = logging.getLogger(__name__)
@@ -618,6 +619,7 @@ def _measure_perplexity(
 
 def _predicted_bytes(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> int:
     """Bytes of the texts that perplexity predicts: without what lies before a second token, or after the last."""
-    offsets = tokenizer(list(texts), truncation=True, max_length=max_length, return_offsets_mapping=True)
+    own = copy_tokenizer(tokenizer)  # truncation would be a mark on theirs
+    offsets = own(list(texts), truncation=True, max_length=max_length, return_offsets_mapping=True)
     spans = zip(texts, offsets["offset_mapping"], strict=True)
     return sum(len(text[row[1][0] : row[-1][1]].encode()) for text, row in spans if len(row) > 1)

@@ -100,7 +100,7 @@ def _is_full_disk(error: BaseException) -> bool:
 def _write_reference(model: SentenceTransformer, gem: Any, folder: Path, format: str) -> None:
     """Write texts, their vectors, the logits of a prompt, and the hashes of all files but the card."""
     embeddings = model.encode(REFERENCE_TEXTS, convert_to_tensor=True, show_progress_bar=False)
-    ids = gem.tokenizer(REFERENCE_PROMPT, return_tensors="pt")["input_ids"].to(gem.model.device)
+    ids = torch.tensor(gem.base.text.encode([REFERENCE_PROMPT]), device=gem.model.device)
     logits = gem.model(ids).logits[0, -1]
     tensors = {"embeddings": embeddings.float().cpu().contiguous(), "logits": logits.float().cpu().contiguous()}
     save_file(tensors, folder / REFERENCE_FILES[1], metadata={"format": "pt"})

@@ -139,6 +139,9 @@ def _tokenizer_with_gem_token(gem: Any, probe_texts: Sequence[str]) -> PreTraine
     """
     original: Any = gem.tokenizer
     state = json.loads(original.backend_tokenizer.to_str())
+    # A text could spell what was added to the tokenizer after the model was made, such as a padding token.
+    kept = (token for token in state["added_tokens"] if gem.base.text.is_readable(token["id"]))
+    state["added_tokens"] = list(kept) if gem.gem_token_source != "reserved" else state["added_tokens"]
     state["post_processor"] = append_to_template(state["post_processor"], "<|gem|>", gem.gem_token_ids[0])
     backend = type(original.backend_tokenizer).from_str(json.dumps(state))
     names = {key: getattr(original, key) for key in ("bos_token", "eos_token", "unk_token") if getattr(original, key)}

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
+from ..modeling.gem_text import NOT_UNICODE, find_surrogate
+
 logger = logging.get_logger(__name__)
 
 LABEL_COLUMNS = ("label", "labels", "score", "scores")
@@ -139,7 +141,7 @@ def warn_of_truncation(gem: Any, rows: list[dict[str, Any]]) -> None:
 
 def share_truncated(gem: Any, texts: list[str]) -> float:
     """Share of texts that have more tokens than a row has places, in [0, 1]."""
-    ids = gem.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+    ids = gem.base.text.encode(texts)
     return sum(len(row) > gem.max_seq_length - gem.num_gem_tokens for row in ids) / max(1, len(ids))
 
 
@@ -165,6 +167,10 @@ def _check_values(column: str, values: list[Any], kind: str) -> None:
             raise ValueError(
                 f"Row {index} of column {column!r} of the {kind} set is {value!r:.60} ({type(value).__name__}), not "
                 "text. Drop such rows with dataset.filter(...)."
+            )
+        if (place := find_surrogate(value)) is not None:
+            raise ValueError(
+                f"Row {index} of column {column!r} of the {kind} set has {value[place]!r} at {place}, {NOT_UNICODE}"
             )
     if not any(value.strip() for value in values):
         raise ValueError(f"Column {column!r} of the {kind} set is empty in its first {len(values)} rows. Drop it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class GemBase:
     def __init__(self, model: Any, text: TextCodec) -> None:
         self.model = model
         self.text = text
+        text.model_config = self.config
         self._weights_id = WeightsId()
 
     @classmethod
@@ -146,10 +148,12 @@ class GemBase:
                 "adapter on, or by a version before 0.2, which told weights apart otherwise. Read the texts again."
             )
 
-    def check_vocabulary(self, model_name_or_path: str, gem_token_ids: Sequence[int] = ()) -> None:
+    def check_vocabulary(self, model_name_or_path: str | Path, gem_token_ids: Sequence[int] = ()) -> None:
         """Raise if the tokenizer, or GEM tokens that the weights should hold, need more rows than there are."""
         num_rows = self.model.get_input_embeddings().weight.shape[0]
-        last_id = max(self.text.tokenizer.get_vocab().values())
+        tokenizer = self.text.tokenizer
+        # A padding token is never read.
+        last_id = max(row for token, row in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
         if last_id >= num_rows:
             raise ValueError(
                 f"The tokenizer of {model_name_or_path} produces ids up to {last_id}, but the model has only "

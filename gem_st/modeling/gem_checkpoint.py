@@ -201,6 +201,7 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
         **kwargs: Passed to ``save_pretrained`` of the model.
     """
     is_adapter = gem.mode != "full"
+    gem.base.check_vocabulary(gem.source.folder)
     if is_adapter:
         check_base_unchanged(gem.base, gem.source, gem.freeze_base)
     _remove_leftovers(folder, gem.source.folder)
@@ -209,8 +210,6 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
     elif not is_adapter:
         _save_model(gem, folder, **kwargs)
     if gem.save_base and gem.mode != "lora":
-        if backend := getattr(gem.tokenizer, "backend_tokenizer", None):
-            backend.no_truncation()
         gem.save_tokenizer(str(folder))
     if is_adapter:
         _save_adapter(gem, folder / ADAPTER_FOLDER)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .gem_base import GemBase
+from .gem_own_tokenizer import copy_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -81,14 +82,22 @@ def _sample_rows(shape: Sequence[int]) -> list[int]:
     return sorted({0, num_rows // 2, num_rows - 1}) if num_rows else []
 
 
-def fingerprint_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+def fingerprint_base(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, added: str | None = None
+) -> dict[str, str | None]:
     """What a base is recognised by: hashes of its config, its tokenizer and a sample of its weights.
 
     They are taken from files, so that they do not depend on the data type or quantisation it is loaded with.
+
+    Args:
+        folder: Where it is.
+        tokenizer: Its tokenizer.
+        added: A token that does not count.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = "The quick brown fox, 3.14 \u00e9\u4e16 \n"
-    tokens = [sorted(tokenizer.get_vocab().items()), tokenizer(text)["input_ids"]]
+    vocabulary = sorted((token, row) for token, row in tokenizer.get_vocab().items() if token != added)
+    tokens = [vocabulary, copy_tokenizer(tokenizer)(text)["input_ids"]]
     weights = sorted(
         (name, str(sample.dtype), hashlib.sha256(sample.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
         for name, sample, _ in read_weights(folder, sample=True)
@@ -114,8 +123,14 @@ def check_base_unchanged(base: GemBase, source: BaseSource, is_frozen: bool) -> 
     """
     if not source.folder.is_dir():
         return
-    if fingerprint_base(source.folder, base.text.tokenizer) != source.fingerprint:
-        raise ValueError(f"The base in {source.folder} was changed since it was loaded. Put it back to save.")
+    tokenizer = base.text.tokenizer
+    # A padding token is never read, so that it may be added at any time.
+    fingerprints = (fingerprint_base(source.folder, tokenizer, added) for added in (None, tokenizer.pad_token))
+    if source.fingerprint not in fingerprints:
+        raise ValueError(
+            f"The base in {source.folder} was changed since it was loaded, on the disk or by tokens added to its "
+            "tokenizer. Put it back to save."
+        )
     # In full mode the vocabulary may hold GEM rows of our own.
     skipped = [] if is_frozen else [id(matrix) for matrix in base.vocabulary_matrices()]
     weights = {name.replace(".base_layer.", "."): weight for name, weight in base.model.named_parameters()}

@@ -137,6 +137,10 @@ class GemParts(nn.Module):
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.base.text.tokenizer = tokenizer
 
+    def save_tokenizer(self, output_path: str, **kwargs: Any) -> None:
+        """Write the tokenizer, without the truncation and padding that some call has set."""
+        self.base.text.own_tokenizer.save_pretrained(output_path, **kwargs)
+
     @property
     def num_gem_tokens(self) -> int:
         """K."""

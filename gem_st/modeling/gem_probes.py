@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
@@ -28,12 +31,14 @@ class BaseFacts:
         can_cache: Whether it continues from keys and values as if it had read all at once.
         has_window: Whether some layer does not see every key, so that gaps between keys would count.
         model_type: Its name, for errors.
+        num_positions: Rows of a table that it looks positions up in, infinite if it computes them.
     """
 
     width: int
     can_cache: bool
     has_window: bool
     model_type: str
+    num_positions: float = math.inf
 
     def require_cache(self) -> None:
         """Raise if there is no continuing from keys and values."""
@@ -62,6 +67,7 @@ def probe_base(base: GemBase, name: str) -> BaseFacts:
         can_cache=_reads_in_parts(base),
         has_window=_has_window(base.config),
         model_type=base.model.config.model_type,
+        num_positions=_count_positions(base),
     )
 
 
@@ -162,6 +168,38 @@ def _reads_in_parts(base: GemBase) -> bool:
         except REFUSALS:
             return False
     return len(past.layers) > 0 and is_same(last, whole[:, -2:])
+
+
+class _Lookups(TorchFunctionMode):
+    """Context that sees which rows of which tables are looked up: their ids, and how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.embedding:
+            self.seen.append((args[0], len(args[1])))
+        elif func is Tensor.__getitem__:
+            ids = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+            if isinstance(ids, Tensor) and args[0].ndim:
+                self.seen.append((ids, len(args[0])))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _count_positions(base: GemBase) -> float:
+    """Places for which there is a row: of a table in which neighbours look up neighbouring rows."""
+    if base.attention not in MASKED_ATTENTION:
+        return math.inf
+    with Evaluating(base.model), _Lookups() as lookups:
+        base.states(base.probe(0, 1, 3))
+    found = [
+        float(num_rows - int(ids.min()))
+        for ids, num_rows in lookups.seen
+        if ids.numel() == 3 and num_rows > 3 and bool((ids.flatten().diff() == 1).all())
+    ]
+    return min(found, default=math.inf)
 
 
 def _has_window(config: Any) -> bool:

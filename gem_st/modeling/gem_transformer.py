@@ -171,6 +171,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         else:
             ids, source = claim_gem_tokens(base, num_gem_tokens, freeze_base)
         self.gem_tokens = GemTokens(ids, source, pooling, base, self if freeze_base else None)
+        base.text.gem_token_ids = frozenset(ids)
         if source == "reserved":
             base.text.hidden_names = tuple(base.text.tokenizer.convert_ids_to_tokens(ids))
         if max_seq_length is None and "model_max_length" not in (processor_kwargs or {}):
@@ -207,8 +208,9 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         self.model.requires_grad_(False)
         self.model.eval()
         self.adapter_model = share_weights(self.model)
-        used = torch.arange(max(self.tokenizer.get_vocab().values()) + 1, device=self.model.device)
-        rows = draw_gem_rows(self.model.get_input_embeddings()(used), self.num_gem_tokens)
+        embeddings = self.model.get_input_embeddings()
+        num_used = min(max(self.tokenizer.get_vocab().values()) + 1, len(embeddings.weight))
+        rows = draw_gem_rows(embeddings(torch.arange(num_used, device=self.model.device)), self.num_gem_tokens)
         self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
 
     def get_config_dict(self) -> dict[str, Any]:

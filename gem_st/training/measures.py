@@ -132,7 +132,7 @@ def reconstruct_samples(gem: Any, texts: Sequence[str]) -> list[dict[str, str]]:
 
 def write_paragraph(gem: Any, text: str, num_tokens: int = 8) -> dict[str, str]:
     """How the model goes on from the first tokens of a text, decoding greedily."""
-    ids = gem.tokenizer(text)["input_ids"][:num_tokens]
+    ids = gem.base.text.encode([text])[0][:num_tokens]
     prompt = gem.tokenizer.decode(ids, skip_special_tokens=True)
     return {"prompt": prompt, "written": gem.generate(prompt, **PARAGRAPH)}
 

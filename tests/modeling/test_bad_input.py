@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from datasets import Features, IterableDataset, Value
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from transformers import (
     BertConfig,
     BertModel,
@@ -24,7 +25,7 @@ from transformers import (
 
 from gem_st import GemLoss, GemTransformer
 
-from ..conftest import build_tokenizer
+from ..conftest import build_tokenizer, quiet_arguments
 
 
 @pytest.fixture
@@ -195,3 +196,42 @@ def test_other_formats_and_backends_are_refused(make_model, tmp_path):
     model.save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="backend='torch'"):
         SentenceTransformer(str(tmp_path), trust_remote_code=True, backend="onnx")
+
+
+HALVES = {
+    "half an emoji": ("half an emoji \ud83d", 14),
+    "halves the wrong way": ("\ude42\ud83d", 0),
+    "bytes that were no UTF-8": (b"caf\xe9".decode("utf-8", "surrogateescape"), 3),
+}
+
+
+@pytest.mark.parametrize(("text", "place"), HALVES.values(), ids=HALVES)
+def test_text_that_no_utf8_can_be_made_of(make_model, text, place):
+    model = make_model(chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    gem = model[0]
+    message = rf"Input 1 of 2 has '\\u[0-9a-f]{{4}}' at {place}, half of a surrogate pair"
+    messages = [[{"role": "user", "content": content}] for content in ("fine", text)]
+    for read in (model.preprocess, gem.prefill, gem.compress, gem.generate):
+        with pytest.raises(ValueError, match=message):
+            read(["fine", text])
+    for read in (gem.prefill, gem.generate):
+        with pytest.raises(ValueError, match=message):
+            read(messages)
+    with pytest.raises(ValueError, match=message):
+        gem.extend(gem.prefill(["a", "b"]), ["fine", text])
+    with pytest.raises(ValueError, match=r"Input . of 2 has"):  # in the order of their lengths
+        model.encode(["fine", text])
+    with pytest.raises(ValueError, match="Input 0 of 1 has"):
+        model.encode("fine", prompt=text)
+    mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert model.encode(mended).shape == (32,)
+
+
+def test_training_data_that_no_utf8_can_be_made_of(make_model, tmp_path):
+    rows = [{"text": f"row {index}" if index != 5 else "half an emoji \ud83d"} for index in range(20)]
+    data = IterableDataset.from_generator(lambda: iter(rows), features=Features({"text": Value("string")}))
+    model = make_model()
+    arguments = quiet_arguments(tmp_path, max_steps=9, per_device_train_batch_size=2)
+    message = r"Row 5 of column 'text' of the training set has '\\ud83d' at 14, half of a surrogate pair"
+    with pytest.raises(ValueError, match=message):
+        SentenceTransformerTrainer(model, arguments, data, loss=GemLoss(model))

@@ -294,7 +294,7 @@ def measure_reconstruction(
     gem = find_gem(model)
     if gem is None:
         return None
-    ids = gem.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = gem.base.text.encode(texts, add_special_tokens=False)
     groups = group_by_length(texts, [len(row) for row in ids])
     if not groups:
         raise NotMeasuredError(f"no text has {RECONSTRUCTED_LENGTHS[-1]} tokens or fewer")

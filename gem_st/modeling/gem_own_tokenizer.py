@@ -1,0 +1,74 @@
+"""A tokenizer for ourselves, of the same vocabulary: what others set on theirs meanwhile does not reach it."""
+
+from __future__ import annotations
+
+import copy
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+PARTS = ("normalizer", "pre_tokenizer", "post_processor")
+"""What the backend of a fast tokenizer is made of, beside its model and the added tokens."""
+
+
+class OwnTokenizer:
+    """Gives a tokenizer that neither truncates nor pads.
+
+    A call with ``truncation=True`` or ``padding=True`` sets the backend of a fast tokenizer, which all callers share:
+    a row of another thread is cut by it. The backend is therefore one of our own. Other tokenizers keep no such state.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[Any, Any, Any] | None = None
+
+    def of(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """The tokenizer as it is now, with a backend of our own, which is made again when theirs has changed."""
+        shared = getattr(tokenizer, "backend_tokenizer", None)
+        if shared is None:
+            return tokenizer
+        state = state_of(shared)
+        if self._made is None or self._made[0] is not shared or self._made[1] != state:
+            self._made = (shared, state, copy_backend(shared))
+        return with_backend(tokenizer, self._made[2])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing that could not be made again."""
+        return {"_made": None}
+
+
+def copy_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A tokenizer of the same vocabulary, to be called with truncation and padding; see :class:`OwnTokenizer`."""
+    return OwnTokenizer().of(tokenizer)
+
+
+def with_backend(tokenizer: PreTrainedTokenizerBase, backend: Any) -> Any:
+    """The tokenizer, whose class may do more than its backend, with another one."""
+    own: Any = copy.copy(tokenizer)
+    own._tokenizer = backend
+    return own
+
+
+def state_of(backend: Any) -> tuple[Any, ...]:
+    """What tells that a backend was changed. Its truncation and padding do not count."""
+    added = tuple(sorted(backend.get_added_tokens_decoder()))
+    return backend.get_vocab_size(), added, *(_state_of_part(getattr(backend, name)) for name in PARTS)
+
+
+def _state_of_part(part: Any) -> Any:
+    try:
+        return None if part is None else part.__getstate__()
+    except Exception:  # tokenizers raises no other; a part written in Python has no state that could be read
+        return "custom"
+
+
+def copy_backend(backend: Any) -> Any:
+    """A backend of the same model and parts, which are shared, without truncation and padding."""
+    own = type(backend)(backend.model)
+    for name in (*PARTS, "decoder"):
+        setattr(own, name, getattr(backend, name))
+    own.encode_special_tokens = backend.encode_special_tokens
+    added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]  # ids are given in this order
+    for is_special, tokens in groupby(added, key=lambda token: token.special):
+        (own.add_special_tokens if is_special else own.add_tokens)(list(tokens))
+    return own
