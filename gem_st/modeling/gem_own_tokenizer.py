@@ -20,17 +20,18 @@ class OwnTokenizer:
     """
 
     def __init__(self) -> None:
-        self._made: tuple[Any, Any, Any] | None = None
+        self._made: tuple[Any, tuple[int, ...], Any, Any] | None = None
 
     def of(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """The tokenizer as it is now, with a backend of our own, which is made again when theirs has changed."""
         shared = getattr(tokenizer, "backend_tokenizer", None)
         if shared is None:
             return tokenizer
-        state = state_of(shared)
-        if self._made is None or self._made[0] is not shared or self._made[1] != state:
-            self._made = (shared, state, copy_backend(shared))
-        return with_backend(tokenizer, self._made[2])
+        made = self._made
+        if made is None or made[0] is not shared or made[2] != state_of(tokenizer, made[1]):
+            next_ids = ids_of_new_tokens(shared)
+            self._made = made = (shared, next_ids, state_of(tokenizer, next_ids), copy_backend(shared))
+        return with_backend(tokenizer, made[3])
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing that could not be made again."""
@@ -49,10 +50,20 @@ def with_backend(tokenizer: PreTrainedTokenizerBase, backend: Any) -> Any:
     return own
 
 
-def state_of(backend: Any) -> tuple[Any, ...]:
-    """What tells that a backend was changed. Its truncation and padding do not count."""
-    added = tuple(sorted(backend.get_added_tokens_decoder()))
-    return backend.get_vocab_size(), added, *(_state_of_part(getattr(backend, name)) for name in PARTS)
+def ids_of_new_tokens(backend: Any) -> tuple[int, ...]:
+    """Ids one of which a token that is added gets: behind the vocabulary, or where it has a gap."""
+    added = backend.get_added_tokens_decoder()
+    return backend.get_vocab_size(), backend.get_vocab_size(with_added_tokens=False), max(added, default=-1) + 1
+
+
+def state_of(tokenizer: Any, next_ids: tuple[int, ...]) -> tuple[Any, ...]:
+    """What tells that a tokenizer was changed, found in microseconds for 6,000 added tokens, too.
+
+    Truncation and padding do not count.
+    """
+    backend = tokenizer.backend_tokenizer
+    parts = [_state_of_part(getattr(backend, name)) for name in PARTS]
+    return [backend.id_to_token(token_id) for token_id in next_ids], tokenizer.all_special_tokens, parts
 
 
 def _state_of_part(part: Any) -> Any:
