@@ -582,7 +582,7 @@ def test_a_dry_run_shows_rows_mask_settings_and_memory(make_base, texts, tmp_pat
     ]
     assert re.search(r"rows 36; columns text; [\d.]+ tokens on average", result.output)
     assert re.search(r"max_length, to be cut: (?!0\.0)[\d.]+%", result.output)
-    assert re.search(r"\nlearning_rate +0.0002\n", result.output)
+    assert re.search(r"\nlearning_rate +0.0001\n", result.output)
     assert re.search(r"in all +0\.\d+", result.output)
     assert not (tmp_path / f"gem-{base.name}").exists()
 

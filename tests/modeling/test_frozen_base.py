@@ -135,7 +135,7 @@ def test_batch_and_padding_do_not_change_a_vector(make_model, architecture, num_
     model = make_model(architecture, num_gem_tokens=num_gem_tokens, freeze_base=True)
     together = model.encode(TEXTS, convert_to_tensor=True)
     alone = torch.cat([model.encode([text], convert_to_tensor=True) for text in TEXTS])
-    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together, alone, atol=5e-5)
     model[0].tokenizer.padding_side = "left"
     assert torch.equal(model.encode(TEXTS, convert_to_tensor=True), together)
 

@@ -43,7 +43,8 @@ JOBS: dict[str, dict[str, Any]] = {
 def make_model(base: str, freeze_base: bool, lora: bool) -> SentenceTransformer:
     torch.manual_seed(0)
     options = {"lora_kwargs": {"lora_alpha": 64}} if freeze_base else {}  # twice the rank: steps of SGD grow with it
-    gem = GemTransformer(base, num_gem_tokens=2, freeze_base=freeze_base, **options)
+    lora_rank = 32 if freeze_base else None
+    gem = GemTransformer(base, num_gem_tokens=2, freeze_base=freeze_base, lora_rank=lora_rank, **options)
     model = SentenceTransformer(modules=[gem], device="cpu")
     if lora:
         model.add_adapter(LoraConfig(r=4, target_modules="all-linear"))
