@@ -70,31 +70,17 @@ class TextCodec:
         Raises:
             ValueError: If an input is not a string of valid Unicode, or holds a token that the model has no row for.
         """
-        if isinstance(texts, str):
-            raise ValueError(f"A list of texts is needed, got the single text {texts!r:.80}. Put it in a list.")
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"Input {index} of {len(texts)} is {text!r:.80} ({type(text).__name__}), but only strings can be "
-                    f"embedded or generated from. Convert it to str, or drop it; {CONTAINERS}"
-                )
+        check_texts(texts)
         texts = [self._defuse(prompt + text) for text in texts]
-        for index, text in enumerate(texts):
-            if (place := find_surrogate(text)) is not None:
-                raise ValueError(f"Input {index} of {len(texts)} has {text[place]!r} at {place}, {NOT_UNICODE}")
+        check_unicode(texts)
         if not texts:
             return []
         options = {"add_special_tokens": add_special_tokens, "padding": False, "return_attention_mask": False}
         tokenizer = self.own_tokenizer
         rows = tokenizer(texts, verbose=False, **options)["input_ids"]
         self._check_ids(rows)
-        start = tokenizer.bos_token_id
-        if add_special_tokens and any(row[:2] == [start, start] for row in rows):
-            logger.warning_once(
-                f"A text begins with {tokenizer.bos_token!r}, as a chat template writes it, and the tokenizer puts "
-                "another one before it, so that it is read twice. Leave it out of the text, or give `generate` and "
-                "`prefill` the messages themselves."
-            )
+        if add_special_tokens:
+            warn_of_second_bos(tokenizer, rows)
         if max_tokens is None or all(len(row) <= max_tokens for row in rows):
             return rows
         around = count_around(tokenizer) if add_special_tokens else (0, 0)
@@ -231,6 +217,36 @@ def is_conversation(prompt: Any) -> bool:
     """True for the messages of a conversation."""
     is_sequence = isinstance(prompt, list | tuple) or getattr(prompt, "ndim", 0) == 1
     return is_sequence and len(prompt) > 0 and isinstance(next(iter(prompt)), dict)
+
+
+def check_texts(texts: Sequence[Any]) -> None:
+    """Raise if this is not a list of strings."""
+    if isinstance(texts, str):
+        raise ValueError(f"A list of texts is needed, got the single text {texts!r:.80}. Put it in a list.")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"Input {index} of {len(texts)} is {text!r:.80} ({type(text).__name__}), but only strings can be "
+                f"embedded or generated from. Convert it to str, or drop it; {CONTAINERS}"
+            )
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """Raise if no UTF-8 can be made of a text."""
+    for index, text in enumerate(texts):
+        if (place := find_surrogate(text)) is not None:
+            raise ValueError(f"Input {index} of {len(texts)} has {text[place]!r} at {place}, {NOT_UNICODE}")
+
+
+def warn_of_second_bos(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> None:
+    """Say once that a text begins with what the tokenizer puts before it. Its ids are left as the tokenizer's."""
+    start = tokenizer.bos_token_id
+    if any(row[:2] == [start, start] for row in rows):
+        logger.warning_once(
+            f"A text begins with {tokenizer.bos_token!r}, as a chat template writes it, and the tokenizer puts another "
+            "one before it, so that it is read twice. Leave it out of the text, or give `generate` and `prefill` the "
+            "messages themselves."
+        )
 
 
 def find_surrogate(text: str) -> int | None:
