@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from gem_st import GemLoss, GemTransformer
+from gem_st.losses.dataset_checks import check_dataset
 
 from ..conftest import build_tokenizer, quiet_arguments
 
@@ -232,6 +233,8 @@ def test_training_data_that_no_utf8_can_be_made_of(make_model, tmp_path):
     data = IterableDataset.from_generator(lambda: iter(rows), features=Features({"text": Value("string")}))
     model = make_model()
     arguments = quiet_arguments(tmp_path, max_steps=9, per_device_train_batch_size=2)
-    message = r"Row 5 of column 'text' of the training set has '\\ud83d' at 14, half of a surrogate pair"
-    with pytest.raises(ValueError, match=message):
-        SentenceTransformerTrainer(model, arguments, data, loss=GemLoss(model))
+    trainer = SentenceTransformerTrainer(model, arguments, data, loss=GemLoss(model))
+    with pytest.raises(ValueError, match=r"Input 1 of 2 has '\\ud83d' at 14, half of a surrogate pair"):
+        trainer.train()  # a stream is not read ahead
+    with pytest.raises(ValueError, match=r"Row 5 of column 'text' of the training set has '\\ud83d' at 14, half"):
+        check_dataset(rows, "training")

@@ -89,8 +89,9 @@ def test_text_stops_at_the_context(gem, tmp_path, options, source):
 
 
 def test_a_full_row_has_no_place_to_write(gem):
-    (text,) = texts_of(gem, CONTEXT)
-    cache = gem.prefill(text, max_length=CONTEXT + 1)
+    text, shorter = texts_of(gem, CONTEXT, CONTEXT - 1)
+    cache = gem.extend(gem.prefill(shorter, max_length=CONTEXT), " a")
+    assert cache.lengths.tolist() == [CONTEXT]
     message = f"{CONTEXT} tokens leave no place to write in the model's context of {CONTEXT}"
     for given in ({"cache": cache}, {"prompts": ["It rained", text]}):
         with pytest.raises(ValueError, match=message):
