@@ -56,7 +56,8 @@ def fingerprint(model: SentenceTransformer) -> str:
     settings: list[Any] = [type(model).__name__, model.prompts, model.default_prompt_name, model.max_seq_length]
     settings += [model.truncate_dim, model.similarity_fn_name]
     for module in cast("Iterable[Any]", model):
-        settings += [type(module).__name__, module.get_config_dict() if hasattr(module, "get_config_dict") else None]
+        read = next((getattr(module, name) for name in ("settings", "get_config_dict") if hasattr(module, name)), None)
+        settings += [type(module).__name__, read and read()]
     settings += [describe_settings(model), describe_tokenizer(getattr(model, "tokenizer", None))]
     update_settings(digest, settings)
     return digest.hexdigest()[:40]

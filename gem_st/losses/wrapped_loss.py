@@ -83,7 +83,7 @@ def give_embeddings_to(inner: nn.Module, model: SentenceTransformer) -> None:
         name = getattr(inner, "__name__", type(inner).__name__)
         raise ValueError(f"inner must be a loss of Sentence Transformers made with the model, got {name}.")
     for module in inner.modules():
-        if advice := NEED_MORE_THAN_EMBEDDINGS.get(type(module)):
+        for advice in (text for kind, text in NEED_MORE_THAN_EMBEDDINGS.items() if isinstance(module, kind)):
             raise ValueError(
                 f"{type(module).__name__} needs copies or tokens of the model: it can be no `loss` of GemLoss. {advice}"
             )

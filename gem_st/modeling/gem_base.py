@@ -129,8 +129,8 @@ class GemBase:
                 "return_cache=True; a cache of transformers may have dropped what lies outside a sliding window."
             )
         keys = cache.layers[0][0] if cache.layers else None
-        if keys is None:
-            return
+        if keys is None or len(cache) == 0:
+            raise ValueError("The cache has no rows: there is nothing to embed, extend or continue.")
         if len(cache.layers) > self.config.num_hidden_layers or keys.dtype != self.model.dtype:
             raise ValueError(
                 f"The cache has {len(cache.layers)} layers of {keys.dtype}, the model {self.config.num_hidden_layers} "

@@ -133,7 +133,10 @@ def check_base_unchanged(base: GemBase, source: BaseSource, is_frozen: bool) -> 
         )
     # In full mode the vocabulary may hold GEM rows of our own.
     skipped = [] if is_frozen else [id(matrix) for matrix in base.vocabulary_matrices()]
-    weights = {name.replace(".base_layer.", "."): weight for name, weight in base.model.named_parameters()}
+    weights = {
+        name.removeprefix("_orig_mod.").replace(".base_layer.", "."): weight
+        for name, weight in base.model.named_parameters()
+    }
     # Some optimizers write without being counted, but only to what takes gradients.
     is_touched = base.num_writes() != source.num_writes
     is_touched |= any(weight.requires_grad for weight in base.model.parameters())

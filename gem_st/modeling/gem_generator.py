@@ -133,6 +133,7 @@ class Generator:
             if len(cache) == 0 or bool((cache.lengths == 0).any()):
                 raise ValueError("A row of the cache is empty: there is nothing to continue.")
             lengths, begin = cache.lengths.tolist(), partial(self._begin_with_cache, cache, generate_kwargs)
+        generate_kwargs = self._count_new(lengths, generate_kwargs)
         stopped = self._stopped(lengths, generate_kwargs, return_cache)
         batches = split_rows(lengths, batch_size, stopped)
         parts = []
@@ -149,6 +150,13 @@ class Generator:
             return result
         caches = [new_cache for _, new_cache in parts if new_cache is not None]
         return GeneratedText(result, caches[0] if len(caches) == 1 else GemCache.join(caches)[order])
+
+    def _count_new(self, lengths: list[int], generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """``max_length`` as new tokens behind the longest row, as in one batch, however many batches there are."""
+        max_length, longest = self._option("max_length", generate_kwargs), max(lengths, default=0)
+        if not max_length or max_length <= longest or self._option("max_new_tokens", generate_kwargs) is not None:
+            return generate_kwargs
+        return {**generate_kwargs, "max_length": None, "max_new_tokens": max_length - longest}
 
     def _stopped(self, lengths: list[int], generate_kwargs: dict[str, Any], keep: bool) -> dict[int, int]:
         """Of rows that would outgrow the model's positions, or a context that is read back, the tokens that fit in."""

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import copy
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor")
 """What the backend of a fast tokenizer is made of, beside its model and the added tokens."""
+
+MAX_COMPARED = 1024
+"""Added tokens that are compared one by one; of more, which takes milliseconds, only ids that are new are seen."""
+
+
+class Watch(NamedTuple):
+    """What is looked at to see that a backend was changed.
+
+    Attributes:
+        next_ids: Ids one of which a new token gets: behind the vocabulary, or where it has a gap.
+        compares_all: Whether there are few enough added tokens to compare all.
+    """
+
+    next_ids: tuple[int, ...]
+    compares_all: bool
 
 
 class OwnTokenizer:
@@ -20,7 +35,7 @@ class OwnTokenizer:
     """
 
     def __init__(self) -> None:
-        self._made: tuple[Any, tuple[int, ...], Any, Any] | None = None
+        self._made: tuple[Any, Watch, Any, Any] | None = None
 
     def of(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """The tokenizer as it is now, with a backend of our own, which is made again when theirs has changed."""
@@ -29,8 +44,8 @@ class OwnTokenizer:
             return tokenizer
         made = self._made
         if made is None or made[0] is not shared or made[2] != state_of(tokenizer, made[1]):
-            next_ids = ids_of_new_tokens(shared)
-            self._made = made = (shared, next_ids, state_of(tokenizer, next_ids), copy_backend(shared))
+            watch = watch_for(shared)
+            self._made = made = (shared, watch, state_of(tokenizer, watch), copy_backend(shared))
         return with_backend(tokenizer, made[3])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -50,20 +65,20 @@ def with_backend(tokenizer: PreTrainedTokenizerBase, backend: Any) -> Any:
     return own
 
 
-def ids_of_new_tokens(backend: Any) -> tuple[int, ...]:
-    """Ids one of which a token that is added gets: behind the vocabulary, or where it has a gap."""
+def watch_for(backend: Any) -> Watch:
+    """How to see later that a backend was changed."""
     added = backend.get_added_tokens_decoder()
-    return backend.get_vocab_size(), backend.get_vocab_size(with_added_tokens=False), max(added, default=-1) + 1
+    next_ids = backend.get_vocab_size(), backend.get_vocab_size(with_added_tokens=False), max(added, default=-1) + 1
+    return Watch(next_ids, len(added) <= MAX_COMPARED)
 
 
-def state_of(tokenizer: Any, next_ids: tuple[int, ...]) -> tuple[Any, ...]:
-    """What tells that a tokenizer was changed, found in microseconds for 6,000 added tokens, too.
-
-    Truncation and padding do not count.
-    """
+def state_of(tokenizer: Any, watch: Watch) -> tuple[Any, ...]:
+    """What tells that a tokenizer was changed; its truncation and padding do not count."""
     backend = tokenizer.backend_tokenizer
     parts = [_state_of_part(getattr(backend, name)) for name in PARTS]
-    return [backend.id_to_token(token_id) for token_id in next_ids], tokenizer.all_special_tokens, parts
+    new = [backend.id_to_token(token_id) for token_id in watch.next_ids]
+    added = backend.get_added_tokens_decoder() if watch.compares_all else {}
+    return new, tokenizer.all_special_tokens, sorted((key, repr(token)) for key, token in added.items()), parts
 
 
 def _state_of_part(part: Any) -> Any:

@@ -58,7 +58,7 @@ def check_model(model: Any) -> None:
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
         return
     raise ValueError(
-        f"model[0].model has to be a language model of transformers with its head, or torch.compile of one, but got "
+        f"model[0].model has to be a language model of transformers with its head, but got "
         f"{type(model).__name__}. For a LoRA, use model.add_adapter(LoraConfig(...)) on the SentenceTransformer; for "
         "several GPUs, `accelerate launch`."
     )
@@ -100,13 +100,13 @@ class GemParts(nn.Module):
     _weight_types: WeightTypes
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Have the parts run the model that is set, e.g. one that torch.compile made of it.
+        """Have the parts run the model that is set.
 
         Raises:
             ValueError: If it is no language model of transformers, or :attr:`auto_model` is to be set.
         """
         if name == "auto_model":
-            raise ValueError("auto_model is a part of model[0].model. Set that, e.g. to torch.compile(model[0].model).")
+            raise ValueError("auto_model is a part of model[0].model. To compile it: model[0].auto_model.compile().")
         if name in ("model", "adapter_model"):
             check_model(value)
         super().__setattr__(name, value)

@@ -385,6 +385,12 @@ def test_losses_that_take_no_gem_model(make_model, make_base):
     for make in (lambda: losses.AdaptiveLayerLoss(model, inner), lambda: losses.Matryoshka2dLoss(model, inner, [32])):
         with pytest.raises(AssertionError):
             make()
-    inner = losses.DenoisingAutoEncoderLoss(model, str(make_base()), tie_encoder_decoder=False)
+
+
+@pytest.mark.parametrize("is_subclass", [False, True])
+def test_losses_that_need_tokens_are_refused_and_so_are_their_kin(make_model, make_base, is_subclass):
+    model = make_model()
+    kind = type("Own", (losses.DenoisingAutoEncoderLoss,), {}) if is_subclass else losses.DenoisingAutoEncoderLoss
+    inner = kind(model, str(make_base()), tie_encoder_decoder=False)
     with pytest.raises(ValueError, match=r"can be no `loss` of GemLoss. GemLoss\(tasks="):
         GemLoss(model, loss=inner)

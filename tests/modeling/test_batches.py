@@ -44,6 +44,24 @@ def test_generate_gives_of_each_row_what_it_gives_alone(gem_and_rows, source):
     torch.testing.assert_close(gem.embed(cache), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_max_length_does_not_depend_on_the_size_of_batches(gem_and_rows):
+    gem, _ = gem_and_rows
+    options = {"max_length": 30, "do_sample": False, "eos_token_id": None}
+    whole = gem.generate(TEXTS[:6], **options, batch_size=6)
+    assert gem.generate(TEXTS[:6], **options, batch_size=2) == whole
+    inputs = gem.base.text.pad([torch.tensor(row) for row in gem.base.text.encode(TEXTS[:6])], "left")
+    stock = gem.model.generate(**inputs, **options, pad_token_id=1)
+    assert whole == [gem.base.text.decode_continuation(row, inputs["input_ids"].shape[1]) for row in stock]
+
+
+def test_a_cache_without_rows(gem_and_rows):
+    gem, _ = gem_and_rows
+    empty = gem.prefill(TEXTS[:1])[:0]
+    for read in (gem.embed, gem.compress, lambda cache: gem.extend(cache, []), lambda cache: gem.generate(cache=cache)):
+        with pytest.raises(ValueError, match="no rows|nothing to read"):
+            read(empty)
+
+
 def test_several_sequences_of_a_row_stay_together(gem_and_rows):
     gem, _ = gem_and_rows
     options = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "batch_size": 5}

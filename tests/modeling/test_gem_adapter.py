@@ -178,6 +178,15 @@ def test_a_base_changed_in_memory_is_not_saved_as_unchanged(frozen, tmp_path):
         frozen.save_pretrained(str(tmp_path / "whole"))
 
 
+def test_a_changed_base_is_seen_through_torch_compile(make_model, tmp_path):
+    model = make_model(freeze_base=True)
+    model[0].model = torch.compile(model[0].model, backend="eager")
+    with torch.no_grad():
+        model[0].model.model.layers[1].mlp.up_proj.weight.add_(1.0)
+    with pytest.raises(ValueError, match=r"base's weight model.layers.1.mlp.up_proj.weight was changed"):
+        model.save_pretrained(str(tmp_path))
+
+
 def test_any_change_in_memory_is_seen(frozen, tmp_path):
     for name in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"):
         weight = frozen[0].model.get_parameter(name)

@@ -106,6 +106,8 @@ def set_on_backend(name, value):
 CHANGES = {
     "nothing": lambda tokenizer: None,
     "added tokens": add_marks,
+    "a token that the vocabulary holds": lambda tokenizer: tokenizer.add_tokens(["er", "\u00c3"]),
+    "other flags of a token": lambda tokenizer: tokenizer.add_tokens(AddedToken("<eos>", lstrip=True, special=True)),
     "bos and eos": add_bos_and_eos,
     "special tokens are text": lambda tokenizer: setattr(tokenizer, "split_special_tokens", True),
     "normalizer": set_on_backend("normalizer", normalizers.Lowercase()),
