@@ -58,7 +58,7 @@ def test_a_cache_without_rows(gem_and_rows):
     gem, _ = gem_and_rows
     empty = gem.prefill(TEXTS[:1])[:0]
     for read in (gem.embed, gem.compress, lambda cache: gem.extend(cache, []), lambda cache: gem.generate(cache=cache)):
-        with pytest.raises(ValueError, match="no rows|nothing to read"):
+        with pytest.raises(ValueError, match=r"no rows|nothing to read"):
             read(empty)
 
 
