@@ -84,7 +84,7 @@ def main() -> None:
     points = [*points_of_paper(), *own_points()]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for point in points:
-        print(f"{point.name}: {point.gained:+.1f} points of embedding, {-point.lost:+.1f} of the generator")
+        print(f"{point.name}: {point.gained:+.1f} points of embedding, {0 - point.lost:+.1f} of the generator")
         color, marker = ("tab:orange", "o") if point.is_ours else ("tab:blue", "s")
         axes.plot(point.lost, point.gained, marker, color=color)
         axes.annotate(point.name, (point.lost, point.gained), (6, -3), textcoords="offset points", fontsize=8)
