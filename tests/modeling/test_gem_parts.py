@@ -84,7 +84,7 @@ def test_the_auto_model_is_what_stock_modules_have(make_model, tmp_path, freeze_
     model.save_pretrained(str(tmp_path / "after"))
     files = [sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*")) for n in ("before", "after")]
     assert files[0] == files[1]
-    with pytest.raises(ValueError, match=r"Set that, e.g. to torch.compile\(model\[0\].model\)"):
+    with pytest.raises(ValueError, match=r"To compile it: model\[0\].auto_model.compile\(\)"):
         gem.auto_model = torch.compile(auto_model)
     assert gem.auto_model is auto_model
 
