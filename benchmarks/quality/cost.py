@@ -62,11 +62,9 @@ def own_points() -> list[Point]:
             continue
         for line in own:
             kind, result = kind_of(line["settings"]), line["result"]
-            if (
-                kind not in ("frozen", "full")
-                or line["settings"]["seed"]
-                or (kind == "full" and "knowledge" not in result)
-            ):
+            if kind not in ("frozen", "full") or line["settings"]["seed"]:
+                continue
+            if kind == "full" and "knowledge" not in result:
                 continue
             lost = 0.0 if kind != "full" else knowledge(start) - knowledge(line)
             points.append(Point(f"{GEM[kind]}, {title}", score(line) - score(start), lost, True))
