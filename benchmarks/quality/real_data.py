@@ -6,7 +6,6 @@ benchmarks/README.md says where it comes from.
 from __future__ import annotations
 
 import csv
-import json
 import random
 import re
 import sys
@@ -18,6 +17,7 @@ from statistics import mean
 from typing import Any
 
 from datasets import Dataset
+from leaderboard import read_lines
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SequentialEvaluator
 from sentence_transformers.util import cos_sim
 from stsb import sts_evaluator
@@ -34,10 +34,6 @@ from demo import build_evaluators  # noqa: E402
 def read_csv(path: Path) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def read_jsonl(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def nli_sentences(data: Path) -> list[str]:
@@ -90,10 +86,10 @@ def columns(name: str, data: Path) -> dict[str, list[str]]:
         pairs = first_sentences(data)
         return {"anchor": [first for first, _ in pairs], "positive": [rest for _, rest in pairs]}
     if name == "written":
-        rows = read_jsonl(ROOT / "examples/data/written.jsonl")
+        rows = read_lines(ROOT / "examples/data/written.jsonl")
         return {"anchor": [row["subject"] for row in rows], "positive": [row["passage"] for row in rows]}
     if name == "titled":
-        rows = read_jsonl(TITLED)
+        rows = read_lines(TITLED)
         return {"anchor": [row["title"] for row in rows], "positive": [row["text"] for row in rows]}
     if name in ("passages", "titles"):  # both columns of such pairs, as single texts
         pairs = columns("written" if name == "passages" else "titled", data)
@@ -117,8 +113,7 @@ def training_set(names: str, data: Path, num: int, seed: int) -> Dataset | dict[
 
 
 def cisi(data: Path) -> tuple[dict[str, tuple[str, str]], dict[str, str], dict[str, set[str]]]:
-    documents = [json.loads(line) for line in (data / "ir/cisi/corpus.jsonl").read_text().splitlines()]
-    queries = [json.loads(line) for line in (data / "ir/cisi/queries.jsonl").read_text().splitlines()]
+    documents, queries = (read_lines(data / f"ir/cisi/{name}.jsonl") for name in ("corpus", "queries"))
     relevant: dict[str, set[str]] = {}
     for line in (data / "ir/cisi/qrels.tsv").read_text().splitlines()[1:]:
         query, document, score = line.split("\t")

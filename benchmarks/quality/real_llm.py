@@ -25,6 +25,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from leaderboard import read_lines
 from real_data import evaluators, local_suite, training_set
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.training_args import BatchSamplers, MultiDatasetBatchSamplers
@@ -121,13 +122,16 @@ def base_perplexity(base: str, data: Path, device: str) -> float:
     return perplexity(model, AutoTokenizer.from_pretrained(resolve(base)), read_held_out(data))
 
 
+def score(model: SentenceTransformer, found: dict[str, Any]) -> dict[str, float]:
+    """What evaluators of Sentence Transformers give, by name."""
+    return {name: round(each(model)[each.primary_metric], 4) for name, each in found.items()}
+
+
 def measure(model: SentenceTransformer, args: argparse.Namespace) -> dict[str, Any]:
     """Embeddings by Sentence Transformers and mteb, the generator by perplexity and lm-eval."""
     result: dict[str, Any] = {}
     found = evaluators(args.evaluate, args.data, args.split)
-    for name, evaluator in found.items():
-        metrics = evaluator(model)
-        result[name] = round(metrics[evaluator.primary_metric], 4)
+    result.update(score(model, found))
     if "suite" in args.evaluate:
         options = {"name": "arm", "revision": "none", "batch_size": 128}
         scores = {
@@ -189,8 +193,7 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         fewer = take_first(model, args, num_gem_tokens)
         fewer.max_seq_length = args.eval_length
         found = evaluators(args.evaluate, args.data, args.split)
-        scores = {name: round(each(fewer)[each.primary_metric], 4) for name, each in found.items()}
-        result[f"first {num_gem_tokens} GEM tokens"] = scores
+        result[f"first {num_gem_tokens} GEM tokens"] = score(fewer, found)
     if args.save:
         model.save_pretrained(f"{args.save}-{seed}")
     return result
@@ -258,13 +261,9 @@ def changed(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value != parser.get_default(name)}
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
 def main() -> None:
     args = make_parser().parse_args()
-    done = read_results(args.results)
+    done = read_lines(args.results) if args.results.exists() else []
     if args.table:
         for entry in done:
             print(json.dumps({**entry["settings"], **entry["result"]}))

@@ -130,7 +130,7 @@ class Generator:
             if chat_template_kwargs:
                 raise ValueError("chat_template_kwargs were given with a cache. Give them to `prefill`, which reads.")
             self.base.check_cache(cache)
-            if len(cache) == 0 or bool((cache.lengths == 0).any()):
+            if bool((cache.lengths == 0).any()):
                 raise ValueError("A row of the cache is empty: there is nothing to continue.")
             lengths, begin = cache.lengths.tolist(), partial(self._begin_with_cache, cache, generate_kwargs)
         generate_kwargs = self._count_new(lengths, generate_kwargs)

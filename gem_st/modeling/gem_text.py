@@ -196,9 +196,7 @@ class TextCodec:
     @property
     def end_ids(self) -> list[int]:
         """Special tokens, none in most models, that the tokenizer puts behind a text that is embedded."""
-        tokenizer = self.own_tokenizer
-        whole = tokenizer("a")["input_ids"]
-        return whole[len(whole) - count_around(tokenizer)[1] :]
+        return ids_around(self.own_tokenizer)[1]
 
 
 def list_of(texts: Any) -> list[Any]:
@@ -259,7 +257,13 @@ def find_surrogate(text: str) -> int | None:
 
 
 def count_around(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """How many special tokens a tokenizer puts before and behind a text, see :func:`ids_around`."""
+    before, behind = ids_around(tokenizer)
+    return len(before), len(behind)
+
+
+def ids_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Special tokens, BOS and EOS in most models, that a tokenizer puts before and behind a text."""
     whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
     starts = [index for index in range(len(whole)) if whole[index : index + len(bare)] == bare]
-    return (starts[0], len(whole) - starts[0] - len(bare)) if starts and bare else (0, 0)
+    return (whole[: starts[0]], whole[starts[0] + len(bare) :]) if starts and bare else ([], [])
