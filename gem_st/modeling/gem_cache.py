@@ -119,8 +119,10 @@ class CachedRows:
         return self._map(lambda tensor: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file."""
-        save_file(self._map(Tensor.contiguous).tensors(), path, metadata={"format": "pt", "kind": self.kind})
+        """Write to a safetensors file, as a whole or not at all."""
+        part = Path(f"{path}.part")
+        save_file(self._map(Tensor.contiguous).tensors(), part, metadata={"format": "pt", "kind": self.kind})
+        part.replace(path)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:

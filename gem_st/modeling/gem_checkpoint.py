@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -30,7 +31,10 @@ REQUIREMENTS = {"sentence-transformers": ">=6.0", "transformers": ">=5.4", "torc
 """What Sentence Transformers checks before it loads a checkpoint."""
 
 CONFIG_FILE, CODE_FILE, ADAPTER_FOLDER = "gem_config.json", "gem_st.py", "gem_adapter"
-ST_CONFIG = "config_sentence_transformers.json"
+ST_CONFIG, MODEL_CONFIG = "config_sentence_transformers.json", "config.json"
+UNFINISHED = "unfinished_save"
+"""Where ``modules.json`` says that the model is while it is being saved, and there is nothing."""
+
 CODE_NAME = re.compile(r"gem_\w+\.py")
 """Names of the files of code in a checkpoint; a base with code of its own has others."""
 
@@ -70,6 +74,17 @@ def check_saved_settings(
                 f"{key}={value!r} was asked for. Pass {key}={saved[key]!r}, or load it with "
                 f"SentenceTransformer({str(model_name_or_path)!r}, trust_remote_code=True)."
             )
+
+
+def check_is_checkpoint(model_name_or_path: str, subfolder: str, saved: dict[str, Any]) -> None:
+    """Raise if what is to be loaded is a base, or a checkpoint whose saving was interrupted."""
+    if subfolder == UNFINISHED:
+        raise ValueError(f"{model_name_or_path} was not saved completely: its saving was interrupted. Save it again.")
+    if not saved:
+        raise ValueError(
+            f"{model_name_or_path} holds no {CONFIG_FILE}: it is not a GEM checkpoint. To make one of a base model, "
+            f"use SentenceTransformer(modules=[GemTransformer({str(model_name_or_path)!r})])."
+        )
 
 
 def check_load_options(options: Collection[str]) -> None:
@@ -164,6 +179,36 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+class NamedDamage:
+    """Context in which an error of reading a checkpoint names the file that is damaged."""
+
+    def __init__(self, model_name_or_path: str) -> None:
+        self.path = model_name_or_path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *details: object) -> None:
+        if not isinstance(error, SafetensorError | UnicodeDecodeError | json.JSONDecodeError):
+            return
+        folder = Path(self.path)
+        files = sorted({*folder.glob("*.*"), *folder.glob(f"{ADAPTER_FOLDER}/*.*")})
+        names = " and ".join(str(file.relative_to(folder)) for file in files if _is_damaged(file)) or "A file"
+        raise ValueError(
+            f"{names} is damaged ({error}), so that {self.path} cannot be loaded. Save or download it again."
+        ) from error
+
+
+def _is_damaged(file: Path) -> bool:
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            safe_open(file, framework="pt").__enter__()
+    except (SafetensorError, ValueError):
+        return True
+    return False
+
+
 def check_writable(gem: Any) -> None:
     """Raise if a checkpoint of this module could not be written, or not be read again.
 
@@ -192,7 +237,10 @@ def _active_adapter(model: Any) -> str:
 
 
 def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
-    """Write a checkpoint of weights that are whole in memory.
+    """Write a checkpoint of weights that are whole in memory; what the folder held stays whole until all is written.
+
+    Files are written to a folder within it and moved at the end. From then on nothing loads it until Sentence
+    Transformers has written the modules behind this one, and ``modules.json``.
 
     Args:
         gem: The module.
@@ -200,26 +248,62 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
         entry: The file that its class is in.
         **kwargs: Passed to ``save_pretrained`` of the model.
     """
-    is_adapter = gem.mode != "full"
     gem.base.check_vocabulary(gem.source.folder)
-    if is_adapter:
+    if gem.mode != "full":
         check_base_unchanged(gem.base, gem.source, gem.freeze_base)
-    _remove_leftovers(folder, gem.source.folder)
-    if gem.freeze_base and gem.save_base:
-        copy_base(gem.model, gem.source, folder, **kwargs)
-    elif not is_adapter:
-        _save_model(gem, folder, **kwargs)
-    if gem.save_base and gem.mode != "lora":
-        gem.save_tokenizer(str(folder))
-    if is_adapter:
-        _save_adapter(gem, folder / ADAPTER_FOLDER)
-    (folder / CONFIG_FILE).write_text(json.dumps(gem.settings(), indent=4), encoding="utf-8")
-    root = root_of(folder)
+    root, part = root_of(folder), folder / "gem_part"
+    shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+    part.mkdir()
+    keeps_base = gem.mode != "full" and gem.source.folder.is_dir() and folder.samefile(gem.source.folder)
+    try:
+        _write_files(gem, folder if keeps_base else part, part, is_resumable(folder), **kwargs)
+        _write_json(
+            root / "modules.json", [{"idx": 0, "name": "0", "path": UNFINISHED, "type": "gem_st.GemTransformer"}]
+        )
+        _remove_leftovers(folder, keeps_base)
+        _move(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     _require_versions(root / ST_CONFIG)
     for name, file in code_files(entry).items():
         target = root / name
         if not target.exists() or not target.samefile(file):
             shutil.copyfile(file, target)
+
+
+def _write_files(gem: Any, base: Path, folder: Path, is_resumable: bool, **kwargs: Any) -> None:
+    """Write all but the code.
+
+    Args:
+        gem: The module.
+        base: The folder that the base is in, or will be.
+        folder: The folder.
+        is_resumable: Whether a trainer goes on from it, to the same weights: then they are saved as they are, otherwise
+            in the data types they are to be saved in.
+        **kwargs: Passed to ``save_pretrained`` of the model.
+    """
+    if gem.mode == "full":
+        with contextlib.nullcontext() if is_resumable else gem.as_saved("cpu"):
+            save_model(gem.model, gem.source, folder, **kwargs)
+    elif gem.freeze_base and gem.save_base and base == folder:
+        copy_base(gem.model, gem.source, folder, **kwargs)
+    if gem.save_base and gem.mode != "lora":
+        gem.save_tokenizer(str(folder))
+    if gem.mode != "full":
+        is_whole = gem.freeze_base and gem.save_base
+        fingerprint = fingerprint_base(base, gem.tokenizer) if is_whole else gem.source.fingerprint
+        _save_adapter(gem, folder / ADAPTER_FOLDER, fingerprint)
+    _write_json(folder / CONFIG_FILE, gem.settings())
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=4), encoding="utf-8")
+
+
+def _move(source: Path, folder: Path) -> None:
+    """Move all files; without ``config.json``, which comes last, no other library takes the rest for a model."""
+    for file in sorted(source.iterdir(), key=lambda file: file.name == MODEL_CONFIG):
+        file.replace(folder / file.name)
 
 
 def root_of(folder: Path) -> Path:
@@ -228,26 +312,20 @@ def root_of(folder: Path) -> Path:
     return next((f for f in list(folder.parents)[:2] if is_routed and (f / ST_CONFIG).exists()), folder)
 
 
-def _save_model(gem: Any, folder: Path, **kwargs: Any) -> None:
-    """Write the language model in the data types it is to be saved in.
-
-    A folder that a trainer resumes from gets the weights as they are, so that it goes on to the same ones.
-    """
-    is_resumable = any(CHECKPOINT.match(name) for name in (folder.name, folder.parent.name))
-    with contextlib.nullcontext() if is_resumable else gem.as_saved("cpu"):
-        save_model(gem.model, gem.source, folder, **kwargs)
+def is_resumable(folder: Path) -> bool:
+    """Whether a folder is one that a trainer resumes from."""
+    return any(CHECKPOINT.match(name) for name in (folder.name, folder.parent.name))
 
 
-def _remove_leftovers(folder: Path, base_folder: Path) -> None:
-    """Remove what another form of checkpoint left in the folder, unless this one's base lies there."""
-    if not folder.is_dir() or (base_folder.is_dir() and folder.samefile(base_folder)):
-        return
-    names = ("config.json", "generation_config.json", "model.safetensors.index.json")
-    for file in [*folder.glob("model*.safetensors"), *(folder / name for name in names)]:
+def _remove_leftovers(folder: Path, keeps_base: bool) -> None:
+    """Remove what another checkpoint left in the folder, without which it is none any more."""
+    names = (MODEL_CONFIG, "generation_config.json", "model.safetensors.index.json")
+    for file in [] if keeps_base else [*(folder / name for name in names), *folder.glob("model*.safetensors")]:
         file.unlink(missing_ok=True)
     for name in read_settings(folder).get("remote_code", {}):  # which may be of another version
         if CODE_NAME.fullmatch(name):
             (folder / name).unlink(missing_ok=True)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
 
 
@@ -263,7 +341,7 @@ def _require_versions(config_path: Path) -> None:
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _save_adapter(gem: Any, folder: Path) -> None:
+def _save_adapter(gem: Any, folder: Path, fingerprint: dict[str, str | None]) -> None:
     """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""
     peft, model = import_peft(), gem.gem_model
     name = _active_adapter(model)
@@ -281,10 +359,7 @@ def _save_adapter(gem: Any, folder: Path) -> None:
     rows = [gem.gem_embeddings] if gem.freeze_base else [matrix[gem.gem_token_ids] for matrix in matrices]
     named = {f"gem_rows.{index}": row.detach().contiguous() for index, row in enumerate(rows)}
     save_file(named, folder / "gem_rows.safetensors", metadata={"format": "pt"})
-    is_whole = gem.freeze_base and gem.save_base
-    fingerprint = fingerprint_base(folder.parent, gem.tokenizer) if is_whole else gem.source.fingerprint
-    text = json.dumps(fingerprint, indent=2) + "\n"
-    (folder / "base_fingerprint.json").write_text(text, encoding="utf-8")
+    _write_json(folder / "base_fingerprint.json", fingerprint)
     if not gem.save_base and is_local(gem.base_model_name_or_path):
         logger.warning(
             f"The checkpoint names its base by a folder of this machine, {gem.base_model_name_or_path}. Set "

@@ -184,6 +184,5 @@ def copy_base(model: Any, source: BaseSource, folder: Path, **kwargs: Any) -> No
         return
     others = ("config.json", "generation_config.json", "model.safetensors.index.json")
     for file in [*weights, *(source.folder / name for name in others)]:
-        target = folder / file.name
-        if file.exists() and not (target.exists() and target.samefile(file)):
-            shutil.copyfile(file, target)
+        if file.exists():
+            shutil.copyfile(file, folder / file.name)

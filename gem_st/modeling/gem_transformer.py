@@ -38,6 +38,8 @@ from .gem_adapter import (
 from .gem_base import GemBase
 from .gem_checkpoint import (
     CONFIG_FILE,
+    NamedDamage,
+    check_is_checkpoint,
     check_load_options,
     check_options,
     check_saved_settings,
@@ -352,28 +354,26 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             **kwargs: ``subfolder``, ``token``, ``cache_folder``, ``revision`` and ``local_files_only``.
 
         Raises:
-            ValueError: If the checkpoint holds no GEM settings, or ``backend`` is not ``"torch"``.
+            ValueError: If the checkpoint holds no GEM settings, was not saved completely, a file of it is damaged, or
+                ``backend`` is not ``"torch"``.
         """
         if backend != "torch":
             raise ValueError(f"GEM checkpoints run on backend='torch', got {backend!r}.")
         check_load_options(kwargs)
         hub_kwargs = {name: kwargs.get(name, default) for name, default in HUB_KWARGS.items()}
         hub_kwargs["cache_dir"] = kwargs.get("cache_folder")
-        saved = cls._load_gem_config(model_name_or_path, hub_kwargs)
-        if not saved:
-            raise ValueError(
-                f"{model_name_or_path} holds no {cls.config_file_name}: it is not a GEM checkpoint. To make one of a "
-                f"base model, use SentenceTransformer(modules=[GemTransformer({str(model_name_or_path)!r})])."
+        with NamedDamage(model_name_or_path):
+            saved = cls._load_gem_config(model_name_or_path, hub_kwargs)
+            check_is_checkpoint(model_name_or_path, hub_kwargs["subfolder"], saved)
+            given = {"model_kwargs": model_kwargs, "processor_kwargs": processor_kwargs, "config_kwargs": config_kwargs}
+            options = {"trust_remote_code": trust_remote_code, **hub_kwargs}
+            return cls(
+                model_name_or_path,
+                num_gem_tokens=saved["num_gem_tokens"],
+                pooling=saved["pooling"],
+                freeze_base=saved.get("freeze_base", False),
+                **cast("Any", {name: {**options, **(values or {})} for name, values in given.items()}),
             )
-        given = {"model_kwargs": model_kwargs, "processor_kwargs": processor_kwargs, "config_kwargs": config_kwargs}
-        options = {"trust_remote_code": trust_remote_code, **hub_kwargs}
-        return cls(
-            model_name_or_path,
-            num_gem_tokens=saved["num_gem_tokens"],
-            pooling=saved["pooling"],
-            freeze_base=saved.get("freeze_base", False),
-            **cast("Any", {name: {**options, **(values or {})} for name, values in given.items()}),
-        )
 
 
 if __name__ == "gem_st.modeling.gem_transformer":

@@ -1,0 +1,215 @@
+"""A process killed at any moment, a full disk, damaged files: the right vectors or a clear error, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
+
+from gem_st import GemTransformer
+
+from ..conftest import CORPUS, ROOT
+
+TEXTS = CORPUS[:3]
+UNFINISHED = "was not saved completely"
+
+KILL = """
+import hashlib, json, os, signal, shutil, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import torch
+
+torch.set_num_threads(1)
+from sentence_transformers import SentenceTransformer
+from tests.modeling.test_faults import arm_kill, hash_folder, try_encode
+
+old, new, target = (Path(path) for path in sys.argv[2:])
+model, states, outcomes = SentenceTransformer(str(new), trust_remote_code=True, device="cpu"), set(), []
+moment, code = 0, -signal.SIGKILL
+while code == -signal.SIGKILL:
+    shutil.rmtree(target, ignore_errors=True)
+    if old.name != "nothing":
+        shutil.copytree(old, target)
+    if (pid := os.fork()) == 0:
+        arm_kill(target, moment)
+        model.save_pretrained(str(target))
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    state, moment = hash_folder(target), moment + 1
+    if state not in states:
+        states.add(state)
+        outcomes.append(try_encode(target))
+print(json.dumps([code, moment, outcomes]))
+"""
+
+
+def arm_kill(folder: Path, moment: int) -> None:
+    """Kill this process when it is about to make, write, move or remove something in a folder for so many times.
+
+    Files that are not in their place yet do not count.
+    """
+    count = 0
+
+    def listen(event: str, details: tuple) -> None:
+        nonlocal count
+        is_write = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        is_write |= (
+            event == "open" and bool(details[2] & (os.O_WRONLY | os.O_RDWR)) and "gem_part" not in str(details[0])
+        )
+        if is_write and str(details[0]).startswith(str(folder)):
+            count += 1
+            if count > moment:
+                os.kill(os.getpid(), 9)
+
+    sys.addaudithook(listen)
+
+
+def hash_folder(folder: Path) -> tuple:
+    """What a folder holds, but for what is not in its place yet."""
+    files = (file for file in folder.rglob("*") if file.is_file() and "gem_part" not in file.parts)
+    return tuple((str(file), file.read_bytes()) for file in sorted(files))
+
+
+def try_encode(folder: Path) -> list | str:
+    """Vectors, or the error."""
+    try:
+        classes = {"gem_st.GemTransformer": GemTransformer}  # instead of the copy in the folder, to save time
+        model = SentenceTransformer._load_with_module_classes(str(folder), classes, device="cpu", local_files_only=True)
+        return model.encode(TEXTS).tolist()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def build(base: Path, seed: int, *modules: torch.nn.Module, **options: object) -> SentenceTransformer:
+    torch.manual_seed(seed)
+    model = SentenceTransformer(modules=[GemTransformer(str(base), **options), *modules], device="cpu")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and "logit_scale" not in name:
+                weight += 0.1 * torch.randn_like(weight)
+    return model
+
+
+FROZEN = {"freeze_base": True}
+CHANGES = {
+    "full, with a head": ({}, {"num_gem_tokens": 3}),
+    "frozen": (FROZEN, FROZEN),
+    "to frozen": ({}, FROZEN),
+    "new": (None, FROZEN),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_save_that_is_killed_leaves_what_was_there_or_what_cannot_be_loaded(make_base, tmp_path, python, change):
+    expected = {"nothing": "nothing"}
+    for name, seed, options in zip(("old", "new"), (0, 1), CHANGES[change], strict=True):
+        if options is not None:
+            head = [Dense(32, 8)] if "head" in change else []
+            model = build(make_base(pad_token_id=1), seed, *head, **options)
+            model.save_pretrained(str(tmp_path / name))
+            expected[name] = model.encode(TEXTS)
+    (tmp_path / "script.py").write_text(KILL)
+    old = tmp_path / ("old" if "old" in expected else "nothing")
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = python.run("script.py", ROOT, old, tmp_path / "new", tmp_path / "target", env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    code, num_moments, outcomes = json.loads(done.stdout)
+    assert (code, num_moments > 30) == (0, True)  # the last one saved all of it
+    found = [name_of(outcome, expected) for outcome in outcomes]
+    assert (found[0], found[-1]) == (old.name, "new")
+    assert set(found) <= {old.name, "new", UNFINISHED}
+    assert UNFINISHED in found
+
+
+def name_of(outcome: list | str, expected: dict[str, np.ndarray]) -> str:
+    """Which vectors these are, or what the error says."""
+    if isinstance(outcome, str):
+        missing = ("Unrecognized model", "not found")
+        return UNFINISHED if UNFINISHED in outcome else "nothing" if any(m in outcome for m in missing) else outcome
+    vectors = np.array(outcome, dtype=np.float32)
+    shaped = [name for name, value in expected.items() if np.shape(value) == vectors.shape]
+    return next((name for name in shaped if np.allclose(expected[name], vectors, atol=1e-6)), "wrong vectors")
+
+
+FULL_DISK = """
+import json, resource, sys
+
+sys.path.insert(0, sys.argv[1])
+import torch
+
+torch.set_num_threads(1)
+from sentence_transformers import SentenceTransformer
+from gem_st import GemCache
+
+model = SentenceTransformer(sys.argv[3], trust_remote_code=True, device="cpu")
+cache, messages = model[0].prefill(["a text"]), []
+cache.save(sys.argv[4])
+cache = model[0].prefill(["another text, which is longer " * 20])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+for save in (lambda: model.save_pretrained(sys.argv[2]), lambda: cache.save(sys.argv[4])):
+    try:
+        save()
+    except Exception as error:
+        messages.append(str(error))
+print(json.dumps([messages, len(GemCache.load(sys.argv[4]).input_ids[0])]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+@pytest.mark.parametrize("options", [{}, FROZEN], ids=["full", "frozen"])
+def test_a_full_disk_leaves_what_was_there(make_base, tmp_path, python, options):
+    old, new = (build(make_base(), seed, **options) for seed in (0, 1))
+    old.save_pretrained(str(tmp_path / "target"))
+    new.save_pretrained(str(tmp_path / "new"))
+    before = {file.name for file in (tmp_path / "target").iterdir()}
+    (tmp_path / "script.py").write_text(FULL_DISK)
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    paths = [ROOT, *(tmp_path / name for name in ("target", "new", "cache.safetensors"))]
+    done = python.run("script.py", *paths, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    messages, num_tokens = json.loads(done.stdout)
+    assert len(messages) == 2
+    assert all("File too large" in message for message in messages)  # as a full disk, by a limit that needs no root
+    assert num_tokens < 10
+    assert {file.name for file in (tmp_path / "target").iterdir()} == before
+    assert np.allclose(try_encode(tmp_path / "target"), old.encode(TEXTS), atol=1e-6)
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "cut at the end": lambda content: content[:-1],
+    "zeros": lambda content: bytes(len(content)),
+    "other bytes": lambda content: b"\xff\xfe" + content[2:],
+}
+
+
+@pytest.mark.parametrize("options", [{}, FROZEN], ids=["full", "frozen"])
+def test_damaged_files_give_an_error_or_the_same_vectors(make_base, tmp_path, options):
+    model = build(make_base(), 0, **options)
+    model.save_pretrained(str(tmp_path / "model"))
+    expected = model.encode(TEXTS)
+    files = [file for kind in ("json", "safetensors") for file in sorted((tmp_path / "model").rglob(f"*.{kind}"))]
+    for file in files:
+        for damage, change in DAMAGES.items():
+            folder = Path(shutil.copytree(tmp_path / "model", tmp_path / "damaged", dirs_exist_ok=True))
+            name = str(file.relative_to(tmp_path / "model"))
+            (folder / name).write_bytes(change(file.read_bytes()))
+            outcome = try_encode(folder)
+            if isinstance(outcome, str):
+                is_ours = name not in ("modules.json", "config_sentence_transformers.json")  # read before the module
+                assert not is_ours or file.name in outcome, (name, damage, outcome)
+            else:
+                assert np.allclose(outcome, expected, atol=1e-6), (name, damage)
+                assert name == "generation_config.json" or (file.suffix == ".json" and damage == "cut at the end")
