@@ -163,7 +163,7 @@ def measure(model: SentenceTransformer, args: argparse.Namespace) -> dict[str, A
         known = local_suite(args.data).knowledge
         generator = generator.to(getattr(torch, args.dtype))  # as checkpoints have it
         result["knowledge"] = {
-            task.name: round(100 * evaluate_generation(generator, tokenizer, task, batch_size=64)["main_score"], 2)
+            task.name: round(100 * evaluate_generation(generator, tokenizer, task, batch_size=8)["main_score"], 2)
             for task in known
         }
     return result
