@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cards test test-fast test-newest test-floor constraints compatibility test-engines lint clean
+.PHONY: help setup demo cards test test-fast test-newest test-floor constraints compatibility test-engines lint audit clean
 
 # $(call install,ENVIRONMENT,CONSTRAINTS,REQUIREMENTS): what builds the package is installed like all else, not fetched apart.
 define install
@@ -91,6 +91,11 @@ lint: setup ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: ## Look up known vulnerabilities of what constraints.txt names; asks pypi.org for its advisories
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
 
 clean: ## Remove environments and outputs
 	rm -rf .venv .venv-* runs build dist *.egg-info

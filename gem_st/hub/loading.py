@@ -187,6 +187,6 @@ def load(
         raise ValueError(f"{path_or_repo} would run code that is not gem_st's: {foreign}. {ADVICE}.")
     hub_kwargs = {"revision": revision, "token": token, **kwargs}
     if trust_remote_code:
-        return SentenceTransformer(str(path_or_repo), trust_remote_code=True, **hub_kwargs)
+        return SentenceTransformer(str(path_or_repo), trust_remote_code=trust_remote_code, **hub_kwargs)
     ours = {"gem_st.GemTransformer": gem_transformer.GemTransformer}
     return SentenceTransformer._load_with_module_classes(str(path_or_repo), ours, **hub_kwargs)

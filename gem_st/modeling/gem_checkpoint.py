@@ -8,13 +8,11 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -23,18 +21,15 @@ from transformers.utils import cached_file, logging
 from .gem_adapter import add_lora, import_peft
 from .gem_base import GemBase
 from .gem_files import BaseSource, check_base_unchanged, copy_base, fingerprint_base, is_local, save_model
-from .gem_tokens import POOLING_MODES
+from .gem_settings import ADAPTER_FOLDER, CONFIG_FILE, UNFINISHED
 
 logger = logging.get_logger(__name__)
 
 REQUIREMENTS = {"sentence-transformers": ">=6.0", "transformers": ">=5.4", "torch": ">=2.7"}
 """What Sentence Transformers checks before it loads a checkpoint."""
 
-CONFIG_FILE, CODE_FILE, ADAPTER_FOLDER = "gem_config.json", "gem_st.py", "gem_adapter"
+CODE_FILE = "gem_st.py"
 ST_CONFIG, MODEL_CONFIG = "config_sentence_transformers.json", "config.json"
-UNFINISHED = "unfinished_save"
-"""Where ``modules.json`` says that the model is while it is being saved, and there is nothing."""
-
 CODE_NAME = re.compile(r"gem_\w+\.py")
 """Names of the files of code in a checkpoint; a base with code of its own has others."""
 
@@ -43,59 +38,6 @@ ROUTED = re.compile(r"_\d+_GemTransformer$")
 
 CHECKPOINT = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 """Names of the folders that a trainer resumes from."""
-
-
-def check_options(num_gem_tokens: int, pooling: str, has_place_for_lora: bool) -> None:
-    """Raise if an option is out of range."""
-    if not has_place_for_lora:
-        raise ValueError(
-            "lora_rank and lora_kwargs belong to freeze_base=True. For a LoRA on every token, use "
-            "model.add_adapter(LoraConfig(...)) on the SentenceTransformer."
-        )
-    if not isinstance(num_gem_tokens, int) or isinstance(num_gem_tokens, bool) or num_gem_tokens < 1:
-        raise ValueError(f"num_gem_tokens must be a whole number of 1 or more, got {num_gem_tokens!r}.")
-    if pooling not in POOLING_MODES:
-        raise ValueError(f"pooling must be one of {POOLING_MODES}, got {pooling!r}.")
-
-
-def check_saved_settings(
-    model_name_or_path: str, saved: dict[str, Any], asked: dict[str, Any], lora: Sequence[Any] = ()
-) -> None:
-    """Raise if a GEM checkpoint was saved with other settings than are asked for, or it is its LoRA's that are."""
-    if saved and any(option is not None for option in lora):
-        raise ValueError(
-            f"{model_name_or_path} is a GEM checkpoint, whose LoRA has the settings it was saved with. Leave out "
-            "lora_rank and lora_kwargs."
-        )
-    for key, value in asked.items():
-        if saved and saved.setdefault(key, False) != value:
-            raise ValueError(
-                f"{model_name_or_path} is a GEM checkpoint saved with {key}={saved[key]!r}, but "
-                f"{key}={value!r} was asked for. Pass {key}={saved[key]!r}, or load it with "
-                f"SentenceTransformer({str(model_name_or_path)!r}, trust_remote_code=True)."
-            )
-
-
-def check_is_checkpoint(model_name_or_path: str, subfolder: str, saved: dict[str, Any]) -> None:
-    """Raise if what is to be loaded is a base, or a checkpoint whose saving was interrupted."""
-    if subfolder == UNFINISHED:
-        raise ValueError(f"{model_name_or_path} was not saved completely: its saving was interrupted. Save it again.")
-    if not saved:
-        raise ValueError(
-            f"{model_name_or_path} holds no {CONFIG_FILE}: it is not a GEM checkpoint. To make one of a base model, "
-            f"use SentenceTransformer(modules=[GemTransformer({str(model_name_or_path)!r})])."
-        )
-
-
-def check_load_options(options: Collection[str]) -> None:
-    """Raise if one of them is an option of the constructor, which a checkpoint is not asked."""
-    if names := sorted(
-        {*options} & {"max_seq_length", "num_gem_tokens", "pooling", "freeze_base", "processing_kwargs"}
-    ):
-        raise ValueError(
-            f"A checkpoint is loaded with its own settings, but {names} were given. Set max_seq_length on the model; "
-            "pass the others to the constructor, which checks them."
-        )
 
 
 class FoundBase(NamedTuple):
@@ -128,7 +70,8 @@ def find_base(model_name_or_path: str, saved: dict[str, Any], is_frozen: bool, h
     if has_base:
         return FoundBase(model_name_or_path, {}, base, revision)
     try:
-        cached_file(base, "config.json", **{**hub_kwargs, "revision": revision, "subfolder": ""})
+        if cached_file(base, "config.json", **{**hub_kwargs, "revision": revision, "subfolder": ""}) is None:
+            raise OSError("it has no config.json.")  # of a folder, transformers does not say it
     except OSError as error:
         raise ValueError(
             f"{model_name_or_path} holds an adapter only; its base, {base!r} (revision "
@@ -177,36 +120,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """The settings of a checkpoint in a folder; empty if there are none."""
     path = folder / CONFIG_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-class NamedDamage:
-    """Context in which an error of reading a checkpoint names the file that is damaged."""
-
-    def __init__(self, model_name_or_path: str) -> None:
-        self.path = model_name_or_path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *details: object) -> None:
-        if not isinstance(error, SafetensorError | UnicodeDecodeError | json.JSONDecodeError):
-            return
-        folder = Path(self.path)
-        files = sorted({*folder.glob("*.*"), *folder.glob(f"{ADAPTER_FOLDER}/*.*")})
-        names = " and ".join(str(file.relative_to(folder)) for file in files if _is_damaged(file)) or "A file"
-        raise ValueError(
-            f"{names} is damaged ({error}), so that {self.path} cannot be loaded. Save or download it again."
-        ) from error
-
-
-def _is_damaged(file: Path) -> bool:
-    try:
-        if file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
-        elif file.suffix == ".safetensors":
-            safe_open(file, framework="pt").__enter__()
-    except (SafetensorError, ValueError):
-        return True
-    return False
 
 
 def check_writable(gem: Any) -> None:

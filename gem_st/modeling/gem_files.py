@@ -54,8 +54,10 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return []
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(names))]
+    names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names weights outside its folder: {outside}. Put them into it, or do not trust it.")
+    return [folder / name for name in names]
 
 
 def read_weights(folder: Path, *, sample: bool) -> Iterator[tuple[str, Tensor, Any]]:
@@ -82,6 +84,35 @@ def _sample_rows(shape: Sequence[int]) -> list[int]:
     return sorted({0, num_rows // 2, num_rows - 1}) if num_rows else []
 
 
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase, added: str | None = None) -> str:
+    """What a tokenizer is recognised by: a hash of its vocabulary, and of how it reads a text.
+
+    Args:
+        tokenizer: The tokenizer.
+        added: A token that does not count.
+    """
+    text = "The quick brown fox, 3.14 \u00e9\u4e16 \n"
+    vocabulary = sorted((token, row) for token, row in tokenizer.get_vocab().items() if token != added)
+    return _hash([vocabulary, copy_tokenizer(tokenizer)(text)["input_ids"]])
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_name_or_path: str, expected: str | None) -> None:
+    """Raise if a checkpoint's tokenizer is not the one it was saved with, where it says which that was.
+
+    A padding token is never read, so that it may have been added.
+    """
+    found = (fingerprint_tokenizer(tokenizer, added) for added in (None, tokenizer.pad_token))
+    if expected and expected not in found:
+        raise ValueError(
+            f"The tokenizer of {model_name_or_path} is not the one it was saved with: it reads texts otherwise. Put "
+            "its files back, or save or download the checkpoint again."
+        )
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint_base(
     folder: Path, tokenizer: PreTrainedTokenizerBase, added: str | None = None
 ) -> dict[str, str | None]:
@@ -95,17 +126,14 @@ def fingerprint_base(
         added: A token that does not count.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = "The quick brown fox, 3.14 \u00e9\u4e16 \n"
-    vocabulary = sorted((token, row) for token, row in tokenizer.get_vocab().items() if token != added)
-    tokens = [vocabulary, copy_tokenizer(tokenizer)(text)["input_ids"]]
     weights = sorted(
         (name, str(sample.dtype), hashlib.sha256(sample.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
         for name, sample, _ in read_weights(folder, sample=True)
     )
-    parts = {"config": _without(config, *VOLATILE_CONFIG_KEYS), "tokenizer": tokens, "weights": weights}
     return {
-        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() if part else None
-        for name, part in parts.items()
+        "config": _hash(_without(config, *VOLATILE_CONFIG_KEYS)),
+        "tokenizer": fingerprint_tokenizer(tokenizer, added),
+        "weights": _hash(weights) if weights else None,
     }
 
 

@@ -37,12 +37,6 @@ from .gem_adapter import (
 )
 from .gem_base import GemBase
 from .gem_checkpoint import (
-    CONFIG_FILE,
-    NamedDamage,
-    check_is_checkpoint,
-    check_load_options,
-    check_options,
-    check_saved_settings,
     check_writable,
     find_base,
     hash_code,
@@ -53,13 +47,22 @@ from .gem_checkpoint import (
 )
 from .gem_dtypes import WeightTypes
 from .gem_embedder import Embedder
-from .gem_files import is_local
+from .gem_files import check_tokenizer, fingerprint_tokenizer, is_local
 from .gem_generator import Generator, Reader
 from .gem_language import LanguageMethods
 from .gem_mask import Rows
 from .gem_parts import max_length_of
 from .gem_passes import AppendPass, CausalPass, PackedPass, StagedPass, check_append
 from .gem_probes import probe_base
+from .gem_settings import (
+    CONFIG_FILE,
+    NamedDamage,
+    check_is_checkpoint,
+    check_load_options,
+    check_options,
+    check_saved_settings,
+    check_settings,
+)
 from .gem_sharding import Gathered, value_of
 from .gem_tokens import GemTokens, claim_gem_tokens, draw_gem_rows, write_gem_rows
 from .gem_weights import check_places
@@ -161,6 +164,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         self._weight_types = WeightTypes(base.model, is_asked)
         self.base_model_name_or_path = found.name
         self.source, self.base_model_revision = locate(found, base, hub_kwargs)
+        check_tokenizer(base.text.tokenizer, found.load_from, saved.get("tokenizer_sha256"))
         base.check_vocabulary(found.load_from, saved["gem_token_ids"] if saved and has_all_rows else ())
         writes_rows = not freeze_base and not (saved and self.save_base)
         check_places(base.model, found.load_from, freeze_base, writes_rows)
@@ -224,6 +228,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         settings, hashes = self.get_config_dict(), hash_code(__file__)
         settings |= {"logit_scale": value_of(self.logit_scale), "remote_code": hashes}
         settings["remote_code_sha256"] = hash_files(hashes)
+        if self.mode == "full":  # an adapter has the whole base's
+            settings["tokenizer_sha256"] = fingerprint_tokenizer(self.tokenizer)
         if settings["save_base"] and is_local(self.base_model_name_or_path):
             return settings  # a folder of this machine is nobody's business
         names = ("base_model_name_or_path", "base_model_revision")
@@ -328,7 +334,9 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
     def _load_gem_config(cls, model_name_or_path: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
         """The saved settings of a GEM checkpoint; empty for a base model."""
         options = {name: hub_kwargs.get(name, HUB_KWARGS[name]) for name in HUB_KWARGS.keys() - {"cache_dir"}}
-        return cls.load_config(model_name_or_path, cache_folder=hub_kwargs.get("cache_dir"), **options)
+        saved = cls.load_config(model_name_or_path, cache_folder=hub_kwargs.get("cache_dir"), **options)
+        check_settings(model_name_or_path, saved)
+        return saved
 
     @classmethod
     def load(  # type: ignore[override]  # where it is, is handed on as Sentence Transformers names it

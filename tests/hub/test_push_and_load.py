@@ -464,3 +464,31 @@ def test_a_push_takes_its_own_files_and_leaves_others(server, client, make_base,
     assert "notes.md" not in files
     done = client(cli("push", folder, "acme/other", "--exist-ok", "--private"))
     assert "gem-st: acme/other exists and is public" in done.stderr
+
+
+def test_tokens_are_in_no_log(server, client, make_base, tmp_path):
+    build(make_base(), freeze_base=True).save_pretrained(str(tmp_path / "model"))
+    code = """
+    import logging
+    logging.basicConfig(level=logging.DEBUG)
+    from huggingface_hub import HfApi
+    from gem_st import hub
+    hub.push("model", "acme/quiet", token=sys.argv[1])
+    hub.load("acme/quiet", token=sys.argv[1], device="cpu")
+    hub.info("acme/quiet", token=sys.argv[1])
+    print(hub.verify("acme/quiet", token=sys.argv[1]))
+    for call in (hub.push, hub.load, hub.info):
+        try:
+            call(*(["model"] if call is hub.push else []), "acme/private", token="hf_wrong")
+        except Exception as error:
+            logging.exception("as it should be")
+    """
+    server.seed("acme/private", {"README.md": b"secret"})
+    server.repos["acme/private"].private = True
+    done = client(code, WRITER, token=None)
+    check(done)
+    assert done.stderr.count("as it should be") == 3
+    assert "DEBUG" in done.stderr
+    for token in (WRITER, "hf_wrong"):
+        assert token not in done.stdout + done.stderr.replace('token="hf_wrong"', "")
+    assert all(WRITER.encode() not in content for content in server.files("acme/quiet").values())

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
+from transformers import AutoTokenizer
 
 from gem_st import GemTransformer
 
@@ -213,3 +215,80 @@ def test_damaged_files_give_an_error_or_the_same_vectors(make_base, tmp_path, op
             else:
                 assert np.allclose(outcome, expected, atol=1e-6), (name, damage)
                 assert name == "generation_config.json" or (file.suffix == ".json" and damage == "cut at the end")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_gem_tokens": 2}, "are not the ids of 2 GEM tokens"),
+        ({"gem_token_ids": [-1]}, "are not the ids of 1 GEM tokens"),
+        ({"gem_token_ids": [1.5]}, "are not the ids of 1 GEM tokens"),
+        ({"gem_token_ids": None}, "gem_token_ids cannot be None"),
+        ({"gem_token_ids": "a"}, "gem_token_ids cannot be 'a'"),
+        ({"gem_token_ids": [[]]}, "are not the ids of 1 GEM tokens"),
+        ({"num_gem_tokens": "1", "pooling": 3}, "num_gem_tokens cannot be '1', pooling cannot be 3"),
+        ({"pooling": "evil"}, "pooling must be one of"),
+        ({"max_seq_length": "a"}, "max_seq_length cannot be 'a'"),
+        ({"max_seq_length": 1}, "max_seq_length=1 must be more than"),
+        ({"logit_scale": "x"}, "logit_scale cannot be 'x'"),
+        ({"freeze_base": "yes"}, "freeze_base cannot be 'yes'"),
+        ({"save_base": 0}, "save_base cannot be 0"),
+        ({"save_base": False, "base_model_name_or_path": 5}, "base_model_name_or_path cannot be 5"),
+        ({"save_base": False, "base_model_name_or_path": "../../etc"}, "its base, '../../etc'"),
+        ({"pooling": ...}, "it lacks pooling"),
+        ([], "no JSON object"),
+        ("text", "no JSON object"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("options", [{}, FROZEN], ids=["full", "frozen"])
+def test_settings_that_cannot_be(make_base, tmp_path, options, change, message):
+    build(make_base(), 0, **options).save_pretrained(str(tmp_path))
+    settings = json.loads((tmp_path / "gem_config.json").read_text())
+    changed = {**settings, **change} if isinstance(change, dict) else change
+    if isinstance(change, dict):
+        changed = {name: value for name, value in changed.items() if value is not ...}
+    (tmp_path / "gem_config.json").write_text(json.dumps(changed))
+    outcome = try_encode(tmp_path)
+    assert outcome[:12] == "ValueError: "
+    assert message in outcome
+
+
+@pytest.mark.parametrize("way", ["other order", "other merges", "adds no <bos>"])
+@pytest.mark.parametrize("options", [{}, FROZEN], ids=["full", "frozen"])
+def test_a_tokenizer_of_the_same_size_that_reads_otherwise(make_base, tmp_path, options, way):
+    build(make_base(), 0, **options).save_pretrained(str(tmp_path))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    if way == "other order":
+        first, second = list(vocabulary)[-2:]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    elif way == "other merges":
+        content["model"]["merges"] = []
+    else:
+        content["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    outcome = try_encode(tmp_path)
+    assert isinstance(outcome, str)
+    assert "tokenizer" in outcome
+
+
+def test_a_padding_token_added_later_changes_nothing(make_base, tmp_path):
+    model = build(make_base(), 0)
+    model.save_pretrained(str(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    assert np.allclose(try_encode(tmp_path), model.encode(TEXTS), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, FROZEN], ids=["full", "frozen"])
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_names_of_weights_cannot_leave_the_folder(make_base, tmp_path, options, is_absolute):
+    folder = tmp_path / "model"
+    build(make_base(), 0, **options).save_pretrained(str(folder))
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    place = str(tmp_path / "outside.safetensors") if is_absolute else "../outside.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(tmp_path / "outside.safetensors"), place)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names weights outside its folder" in try_encode(folder)
