@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -261,16 +263,51 @@ def _keep_differentiable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-class Evaluating:
-    """Context in which a module is in evaluation mode; its parts are afterwards in the mode that each was in."""
+class WithAdvice:
+    """Context in which an error of having run out of memory says what to ask for instead."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *details: object) -> None:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise type(error)(
+                f"{error}\nOut of memory: use a smaller batch_size, or a smaller max_seq_length (max_length) for long "
+                "texts. The model is as it was."
+            ) from error
+
+
+class Evaluating(WithAdvice):
+    """Context in which a module is in evaluation mode; its parts are afterwards in the mode that each was in.
+
+    Of several threads that are in it at once, the last one to leave puts the modes back.
+    """
+
+    lock = threading.Lock()
+    inside: ClassVar[WeakKeyDictionary[nn.Module, int]] = WeakKeyDictionary()
+    """How many are in it with a part that was in training mode."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.training = [part for part in module.modules() if part.training]
+        self.module = module
 
     def __enter__(self) -> None:
-        for part in self.training:
-            part.training = False
+        with self.lock:
+            self.parts = [part for part in self.module.modules() if part.training or part in self.inside]
+            for part in self.parts:
+                self.inside[part] = self.inside.get(part, 0) + 1
+                part.training = False
 
-    def __exit__(self, *exc_info: object) -> None:
-        for part in self.training:
-            part.training = True
+    def __exit__(self, *exc_info: Any) -> None:
+        with self.lock:
+            for part in self.parts:
+                if (count := self.inside.pop(part, 0)) > 1:
+                    self.inside[part] = count - 1
+                elif count:
+                    part.training = True
+        super().__exit__(*exc_info)
+
+    @classmethod
+    def stay(cls, module: nn.Module) -> None:
+        """Leave a module in evaluation mode, whoever is in this context."""
+        with cls.lock:
+            for part in module.modules() if cls.inside else ():
+                cls.inside.pop(part, None)

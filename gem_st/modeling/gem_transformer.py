@@ -35,7 +35,7 @@ from .gem_adapter import (
     lora_options,
     share_weights,
 )
-from .gem_base import GemBase
+from .gem_base import Evaluating, GemBase, WithAdvice
 from .gem_checkpoint import (
     check_writable,
     find_base,
@@ -237,8 +237,10 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
 
     def train(self, mode: bool = True) -> GemTransformer:
         """Set training mode; a frozen base stays in evaluation mode, so that what it computes never changes."""
-        if not mode and not any(module.training for module in self.modules()):
-            return self  # `encode` asks for it on every call, and switching every module takes a while
+        if not mode:
+            Evaluating.stay(self)
+            if not any(module.training for module in self.modules()):
+                return self  # `encode` asks for it on every call, and switching every module takes a while
         super().train(mode)
         if self.freeze_base:
             self.model.eval()
@@ -291,15 +293,17 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
 
         Raises:
             ValueError: If a row does not hold exactly K GEM tokens.
+            torch.OutOfMemoryError: As it is raised by torch, with what to ask for instead.
         """
         rows = Rows.of(features["input_ids"], features["attention_mask"], self.gem_token_ids)
         objective = features.pop("objective", None)
-        if objective is not None:
-            features = {**features, **objective(self, rows)}
-        else:
-            states = self.embedder.states(rows)
-            features["sentence_embedding"] = self.gem_tokens.pool(states, rows.segments)
-            features["token_embeddings"] = rows.restore(states)
+        with WithAdvice():
+            if objective is not None:
+                features = {**features, **objective(self, rows)}
+            else:
+                states = self.embedder.states(rows)
+                features["sentence_embedding"] = self.gem_tokens.pool(states, rows.segments)
+                features["token_embeddings"] = rows.restore(states)
         features["sentence_embedding"] = features["sentence_embedding"].to(self.embedding_dtype)
         return features
 

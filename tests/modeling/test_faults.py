@@ -292,3 +292,46 @@ def test_names_of_weights_cannot_leave_the_folder(make_base, tmp_path, options, 
     index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(tmp_path / "outside.safetensors"), place)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "names weights outside its folder" in try_encode(folder)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+@pytest.mark.parametrize("options", [{}, FROZEN, {"num_gem_tokens": 2}], ids=["full", "frozen", "K = 2"])
+def test_running_out_of_memory_leaves_the_model_as_it_was(make_base, monkeypatch, options, error):
+    model = build(make_base(), 0, **options)
+    gem, layer = model[0], model[0].model.model.layers[1]
+    cache = gem.prefill(TEXTS)
+
+    def run_all() -> list[object]:
+        memory = gem.compress(TEXTS)
+        return [
+            model.encode(TEXTS),
+            gem.embed(cache).numpy(),
+            gem.generate(TEXTS, max_new_tokens=3, do_sample=False),
+            gem.embed(gem.extend(cache, "more")).numpy(),
+            memory.layers[0][0].numpy(),
+            gem.reconstruct(memory),
+        ]
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    expected, state = run_all(), [module.training for module in gem.modules()]
+    with monkeypatch.context() as patch:
+        layers = [m for m in gem.modules() if type(m) is type(layer)]
+        for each in layers:
+            patch.setattr(each, "forward", fail)
+        calls = [
+            lambda: model.encode(TEXTS),
+            lambda: gem.prefill(TEXTS),
+            lambda: gem.embed(cache),
+            lambda: gem.generate(TEXTS, max_new_tokens=3),
+            lambda: gem.compress(TEXTS),
+        ]
+        for call in calls:
+            with pytest.raises(type(error), match=r"allocate memory|CUDA out of memory\.[\s\S]*smaller batch_size"):
+                call()
+    assert [module.training for module in gem.modules()] == state
+    for found, wanted in zip(run_all(), expected, strict=True):
+        assert np.array_equal(found, wanted) if isinstance(wanted, np.ndarray) else found == wanted
