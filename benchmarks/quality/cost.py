@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import matplotlib
-from leaderboard import BASES, GEM, RESULTS, Arm, kind_of, read_lines
+from leaderboard import BASELINES, BASES, DEFAULT_BASE, GEM, RESULTS, kind_of, read_lines, real_arms
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = {
@@ -53,30 +53,29 @@ def points_of_paper() -> list[Point]:
 
 
 def own_points() -> list[Point]:
-    lines = [line for line in read_lines(RESULTS / "real_llm.jsonl") if "suite" in line["result"]]
-    points = []
+    """Means over seeds; a full model counts where its generator was asked as well."""
+    lines, points = read_lines(RESULTS / "real_llm.jsonl"), []
     for base, title in BASES.items():
-        own = [line for line in lines if line["settings"].get("base", "smollm2-135m-instruct") == base]
-        start = next((line for line in own if line["settings"].get("mode") == "mean"), None)
-        if start is None:
-            continue
-        for line in own:
-            kind, result = kind_of(line["settings"]), line["result"]
-            if kind not in ("frozen", "full") or line["settings"]["seed"]:
-                continue
-            if kind == "full" and "knowledge" not in result:
-                continue
-            lost = 0.0 if kind != "full" else knowledge(start) - knowledge(line)
-            points.append(Point(f"{GEM[kind]}, {title}", score(line) - score(start), lost, True))
+        start = next((arm for arm in real_arms(lines, base) if arm.name == BASELINES["mean"]), None)
+        for arm in real_arms(lines, base) if start else []:
+            lost = {GEM["frozen"]: 0.0, GEM["full"]: lost_knowledge(lines, base)}.get(arm.name)
+            if lost is not None:
+                points.append(Point(f"{arm.name}, {title}", arm.means[-1] - start.means[-1], lost, True))
     return points
 
 
-def score(line: dict[str, Any]) -> float:
-    return Arm("", [line["result"]["suite"]], []).means[-1]
-
-
-def knowledge(line: dict[str, Any]) -> float:
-    return mean(line["result"]["knowledge"][name] for name in KNOWLEDGE)
+def lost_knowledge(lines: list[dict[str, Any]], base: str) -> float | None:
+    """Points of accuracy that the full mode lost, over :data:`KNOWLEDGE`; None if that was not measured."""
+    own = [line for line in lines if line["settings"].get("base", DEFAULT_BASE) == base]
+    found = {
+        mode: [
+            mean(line["result"]["knowledge"][name] for name in KNOWLEDGE)
+            for line in own
+            if "knowledge" in line["result"] and kind_of(line["settings"]) == mode
+        ]
+        for mode in ("mean", "full")
+    }
+    return mean(found["mean"]) - mean(found["full"]) if all(found.values()) else None
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ TYPES = {
 """Task types by the names of the paper's table, and their tasks."""
 
 BASES = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma-3-270M"}
+DEFAULT_BASE = "smollm2-135m-instruct"
 SMALL = ("base-8m", "tinystories-instruct-3M-chat", "stories3M", "stories260K")
 REFERENCE = "all-minilm-l6-v2"
 BASELINES = {"mean": "mean pooling", "lasttoken": "last token", "echo": "Echo"}
@@ -85,7 +86,7 @@ def real_arms(lines: Iterable[dict[str, Any]], base: str) -> list[Arm]:
     names, found = {**BASELINES, **GEM, "embedder": REFERENCE}, {}
     for line in lines:
         settings, result = line["settings"], line["result"]
-        if "suite" in result and settings.get("base", "smollm2-135m-instruct") == base:
+        if "suite" in result and settings.get("base", DEFAULT_BASE) == base:
             found.setdefault(kind_of(settings), []).append(result)
     arms = []
     for kind, name in names.items():
@@ -93,6 +94,21 @@ def real_arms(lines: Iterable[dict[str, Any]], base: str) -> list[Arm]:
             ratios = [] if kind == "embedder" else [result.get("perplexity_ratio", 1.0) for result in results]
             arms.append(Arm(name, [result["suite"] for result in results], ratios))
     return arms
+
+
+def knowledge_rows(lines: Iterable[dict[str, Any]], base: str) -> list[list[str]]:
+    """What the generator of a real LLM knows, before and after, in percent; empty if it was not asked."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for line in lines:
+        settings, result = line["settings"], line["result"]
+        if "knowledge" in result and settings.get("base", DEFAULT_BASE) == base:
+            found.setdefault(kind_of(settings), []).append(result["knowledge"])
+    names = {"mean": "the base, and GEM frozen", "full": GEM["full"]}
+    return [
+        [title, *(f"{mean(run[task] for run in runs):.2f}" for task in runs[0]), str(len(runs))]
+        for kind, title in names.items()
+        if (runs := found.get(kind))
+    ]
 
 
 def small_arms(base: str) -> list[Arm]:
@@ -109,9 +125,11 @@ def small_arms(base: str) -> list[Arm]:
 
 
 def table(arms: list[Arm]) -> str:
-    head = ["", *TYPES, "mean", "seeds", "perplexity"]
-    rows = [head, ["---"] * len(head), *(arm.cells() for arm in arms)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return format_table(["", *TYPES, "mean", "seeds", "perplexity"], [arm.cells() for arm in arms])
+
+
+def format_table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def summary_row(name: str, arms: list[Arm], frozen: str, full: str) -> str:
@@ -141,10 +159,13 @@ def render() -> str:
     head = "| base | best baseline | GEM frozen | GEM full | frozen is below a baseline in |\n|---|---|---|---|---|"
     rows = [summary_row(name, arms, GEM["frozen"], GEM["full"]) for name, arms in real.items()]
     rows += [summary_row(name, arms, "GEM frozen, K = 1", "GEM full, K = 1") for name, arms in small.items()]
+    known = [row for base in BASES for row in knowledge_rows(lines, base)]
     environments = {made_with(line["versions"]) for line in lines if "suite" in line["result"]}
     old = made_with(json.loads((RESULTS / "leaderboard/versions.json").read_text(encoding="utf-8")))
     parts = [TITLE, "\n".join([head, *rows]), NOTES]
     parts += [f"## {name}\n\n{table([*arms, *reference])}" for name, arms in real.items()]
+    if known:
+        parts += [KNOWLEDGE + format_table(["", "MMLU", "ARC easy", "HellaSwag", "LAMBADA", "seeds"], known)]
     parts += [MADE + "\n".join(f"- {each}" for each in sorted(environments)), APPENDIX.format(made=old)]
     parts += [f"### {name}\n\n{table(arms)}" for name, arms in small.items()]
     return "\n\n".join(parts) + "\n"
@@ -158,6 +179,12 @@ of the whole data sets. Perplexity is of the same held-out lines of books, as a 
 what lies between the highest and the lowest seed. Settings were chosen on the dev split of STS-B and on other titles
 than those reported; [log.md](log.md) has them. This page is made by `benchmarks/quality/leaderboard.py` from
 `benchmarks/quality/results`."""
+KNOWLEDGE = """## What the generator keeps
+
+SmolLM2-135M-Instruct, accuracy in percent by lm-eval, without examples, in bfloat16: 570 questions of MMLU (ten a
+subject; chance is 25), 1,000 of ARC easy, 400 of HellaSwag, 500 lines of LAMBADA. A frozen base is the base.
+
+"""
 MADE = "Made with:\n\n"
 APPENDIX = """## Appendix: small models
 
