@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from zipfile import is_zipfile
 
-from .modeling.gem_checkpoint import CHECKPOINT
+from .modeling.gem_checkpoint import CHECKPOINT, PART
+from .modeling.gem_settings import UNFINISHED
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -29,9 +30,12 @@ def _is_complete(checkpoint: Path) -> bool:
     """True if the trainer's state, which it writes last, can be read, and no file before it was cut short."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        modules = checkpoint / "modules.json"
+        if modules.exists() and UNFINISHED in modules.read_text(encoding="utf-8"):
+            return False
     except (OSError, ValueError):
         return False
-    weights = list(checkpoint.rglob("*.safetensors"))
+    weights = [file for file in checkpoint.rglob("*.safetensors") if not file.parent.name.startswith(PART)]
     archives = [file for suffix in ("pt", "pth", "bin") for file in checkpoint.glob(f"*.{suffix}")]
     return isinstance(state, dict) and all(map(_is_whole_safetensors, weights)) and all(map(is_zipfile, archives))
 

@@ -66,7 +66,20 @@ def test_what_travels_imports_what_it_needs_only(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     needed = {"torch", "transformers", "sentence_transformers", "safetensors", "peft", "accelerate", "deepspeed"}
     standard = {"__future__", "collections", "contextlib", "copy", "dataclasses", "functools", "hashlib", "importlib"}
-    standard |= {"inspect", "itertools", "json", "logging", "math", "operator", "os", "pathlib", "re", "shutil"}
+    standard |= {
+        "inspect",
+        "itertools",
+        "json",
+        "logging",
+        "math",
+        "operator",
+        "os",
+        "pathlib",
+        "re",
+        "shutil",
+        "tempfile",
+        "time",
+    }
     assert {*imports(tree)} <= needed | standard | {"typing", "typing_extensions", "threading", "weakref"}
 
 

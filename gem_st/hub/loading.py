@@ -16,6 +16,7 @@ from .._version import __version__
 from ..files import hash_file, read_json
 from ..modeling import gem_transformer
 from ..modeling.gem_checkpoint import CODE_FILE, CODE_NAME, hash_code, hash_files
+from ..modeling.gem_settings import NOT_COMPLETE, UNFINISHED
 from .errors import check_id, translate_hub_errors
 from .layout import PLAIN_MODULES, REFERENCE_FILES, RELEASED_CODE
 from .stock import STOCK_FOLDER
@@ -64,6 +65,8 @@ def find_foreign_code(fetch: Callable[[str], Path | None]) -> str | None:
         return "its code or modules.json is missing"
     if digest not in known_code():
         return f"not that of gem_st {__version__}, SHA-256 {digest}"
+    if UNFINISHED in (module["path"] for module in read_json(modules)):
+        raise ValueError(NOT_COMPLETE.format("The checkpoint"))
     first, *others = ((module["type"], module["path"]) for module in read_json(modules))
     foreign = [name for name, _ in others if not re.fullmatch(PLAIN_MODULES, name)]
     foreign += [first[0]] if first != ("gem_st.GemTransformer", "") else []

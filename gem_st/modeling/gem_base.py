@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -269,8 +270,8 @@ class WithAdvice:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *details: object) -> None:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise type(error)(
+        if kind is not None and (issubclass(kind, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise kind(
                 f"{error}\nOut of memory: use a smaller batch_size, or a smaller max_seq_length (max_length) for long "
                 "texts. The model is as it was."
             ) from error
@@ -283,31 +284,42 @@ class Evaluating(WithAdvice):
     """
 
     lock = threading.Lock()
-    inside: ClassVar[WeakKeyDictionary[nn.Module, int]] = WeakKeyDictionary()
-    """How many are in it with a part that was in training mode."""
+    inside: ClassVar[WeakKeyDictionary[nn.Module, set[Evaluating]]] = WeakKeyDictionary()
+    """Who is in it, by the parts that were in training mode."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __enter__(self) -> None:
         with self.lock:
-            self.parts = [part for part in self.module.modules() if part.training or part in self.inside]
-            for part in self.parts:
-                self.inside[part] = self.inside.get(part, 0) + 1
-                part.training = False
+            for part in self.module.modules():
+                if part.training or part in self.inside:
+                    self.inside.setdefault(part, set()).add(self)
+                    part.training = False
 
     def __exit__(self, *exc_info: Any) -> None:
         with self.lock:
-            for part in self.parts:
-                if (count := self.inside.pop(part, 0)) > 1:
-                    self.inside[part] = count - 1
-                elif count:
+            for part in [part for part, holders in self.inside.items() if self in holders]:
+                self.inside[part].remove(self)
+                if not self.inside[part]:
+                    del self.inside[part]
                     part.training = True
         super().__exit__(*exc_info)
 
     @classmethod
     def stay(cls, module: nn.Module) -> None:
         """Leave a module in evaluation mode, whoever is in this context."""
+        if not cls.inside:
+            return
         with cls.lock:
-            for part in module.modules() if cls.inside else ():
+            for part in module.modules():
                 cls.inside.pop(part, None)
+
+    @classmethod
+    def forget_threads(cls) -> None:
+        """Forget what threads of another process are in, of which this one is a copy."""
+        cls.lock, cls.inside = threading.Lock(), WeakKeyDictionary()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Evaluating.forget_threads)  # which may hold the lock for ever

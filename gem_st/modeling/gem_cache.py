@@ -120,9 +120,13 @@ class CachedRows:
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, as a whole or not at all."""
-        part = Path(f"{path}.part")
-        save_file(self._map(Tensor.contiguous).tensors(), part, metadata={"format": "pt", "kind": self.kind})
-        part.replace(path)
+        target = Path(path).resolve()
+        part = target.with_name(f"{target.name}.part")
+        try:
+            save_file(self._map(Tensor.contiguous).tensors(), part, metadata={"format": "pt", "kind": self.kind})
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:

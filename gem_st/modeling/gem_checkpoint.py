@@ -1,4 +1,4 @@
-"""Checkpoints: settings, where the base is, the adapter's files, and writing all of it into a folder."""
+"""Checkpoints: where the base is, the adapter's files, and writing all of it into a folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,15 @@ from transformers.utils import cached_file, logging
 
 from .gem_adapter import add_lora, import_peft
 from .gem_base import GemBase
-from .gem_files import BaseSource, check_base_unchanged, copy_base, fingerprint_base, is_local, save_model
+from .gem_files import (
+    BaseSource,
+    check_base_unchanged,
+    check_weight_maps,
+    copy_base,
+    fingerprint_base,
+    is_local,
+    save_model,
+)
 from .gem_settings import ADAPTER_FOLDER, CONFIG_FILE, UNFINISHED
 
 logger = logging.get_logger(__name__)
@@ -30,6 +40,12 @@ REQUIREMENTS = {"sentence-transformers": ">=6.0", "transformers": ">=5.4", "torc
 
 CODE_FILE = "gem_st.py"
 ST_CONFIG, MODEL_CONFIG = "config_sentence_transformers.json", "config.json"
+PART = "gem_part."
+"""Begins the names of folders that a checkpoint is written to, before it is moved to its place."""
+
+MODULE = {"idx": 0, "name": "0", "path": "", "type": "gem_st.GemTransformer"}
+"""This module, as Sentence Transformers writes it to ``modules.json``."""
+
 CODE_NAME = re.compile(r"gem_\w+\.py")
 """Names of the files of code in a checkpoint; a base with code of its own has others."""
 
@@ -59,8 +75,9 @@ def find_base(model_name_or_path: str, saved: dict[str, Any], is_frozen: bool, h
         hub_kwargs: How files are read from the Hub.
 
     Raises:
-        ValueError: If a checkpoint names a base that cannot be had.
+        ValueError: If a checkpoint names a base that cannot be had, or weights outside its folder.
     """
+    check_weight_maps(Path(model_name_or_path, hub_kwargs.get("subfolder") or ""))
     has_base = saved.get("save_base", True)
     if not saved or (has_base and not is_frozen):
         is_folder = Path(model_name_or_path).is_dir()
@@ -78,6 +95,7 @@ def find_base(model_name_or_path: str, saved: dict[str, Any], is_frozen: bool, h
             f"{revision}), cannot be loaded: {error}\nMake it available, or edit "
             f"base_model_name_or_path in gem_config.json to where you keep it."
         ) from error
+    check_weight_maps(Path(base))
     return FoundBase(base, {"revision": revision, "subfolder": ""}, base, revision)
 
 
@@ -150,38 +168,75 @@ def _active_adapter(model: Any) -> str:
 
 
 def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
-    """Write a checkpoint of weights that are whole in memory; what the folder held stays whole until all is written.
+    """Write a checkpoint of weights that are whole in memory; this module's old files stay until all is written.
 
-    Files are written to a folder within it and moved at the end. From then on nothing loads it until Sentence
-    Transformers has written the modules behind this one, and ``modules.json``.
+    Files are written to a folder within it and moved at the end, which needs the place of both. From then on nothing
+    loads it until Sentence Transformers has written the modules behind this one, and ``modules.json``. What it writes
+    before, prompts above all, is not in our hands.
 
     Args:
         gem: The module.
-        folder: The folder, which exists.
+        folder: The folder.
         entry: The file that its class is in.
         **kwargs: Passed to ``save_pretrained`` of the model.
     """
     gem.base.check_vocabulary(gem.source.folder)
     if gem.mode != "full":
         check_base_unchanged(gem.base, gem.source, gem.freeze_base)
-    root, part = root_of(folder), folder / "gem_part"
-    shutil.rmtree(part, ignore_errors=True)  # of one that was killed
-    part.mkdir()
+    root, code = root_of(folder), code_files(entry)
+    folder.mkdir(parents=True, exist_ok=True)
     keeps_base = gem.mode != "full" and gem.source.folder.is_dir() and folder.samefile(gem.source.folder)
+    _remove_parts(folder)
+    part = Path(tempfile.mkdtemp(prefix=PART, dir=folder))
     try:
         _write_files(gem, folder if keeps_base else part, part, is_resumable(folder), **kwargs)
-        _write_json(
-            root / "modules.json", [{"idx": 0, "name": "0", "path": UNFINISHED, "type": "gem_st.GemTransformer"}]
-        )
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    with _Marked(root):
         _remove_leftovers(folder, keeps_base)
         _move(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(part)
+        for name, file in code.items():
+            target = root / name
+            if not target.exists() or not target.samefile(file):
+                shutil.copyfile(file, target)
     _require_versions(root / ST_CONFIG)
-    for name, file in code_files(entry).items():
-        target = root / name
-        if not target.exists() or not target.samefile(file):
-            shutil.copyfile(file, target)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove what saves left behind that were killed a day ago or earlier."""
+    for part in folder.glob(f"{PART}*"):
+        if time.time() - part.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+class _Marked:
+    """Context in which ``modules.json`` says that the checkpoint is not whole.
+
+    It does so afterwards, too, until Sentence Transformers has written the file anew, but for a checkpoint of this
+    module alone: that is whole again. Where Sentence Transformers wrote nothing there is no such file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "modules.json"
+        self.is_ours = (folder / ST_CONFIG).exists()
+
+    def __enter__(self) -> None:
+        self.before = [{**MODULE, "path": UNFINISHED}]
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            self.before = json.loads(self.path.read_text(encoding="utf-8"))
+        if self.is_ours:
+            self._write([{**MODULE, "path": UNFINISHED}])
+
+    def __exit__(self, kind: object, *details: object) -> None:
+        if self.is_ours and kind is None and self.before == [MODULE]:
+            self._write(self.before)
+
+    def _write(self, modules: list[dict[str, Any]]) -> None:
+        part = self.path.with_name(f"{self.path.name}.part")
+        _write_json(part, modules)
+        part.replace(self.path)
 
 
 def _write_files(gem: Any, base: Path, folder: Path, is_resumable: bool, **kwargs: Any) -> None:
@@ -215,8 +270,11 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _move(source: Path, folder: Path) -> None:
     """Move all files; without ``config.json``, which comes last, no other library takes the rest for a model."""
-    for file in sorted(source.iterdir(), key=lambda file: file.name == MODEL_CONFIG):
-        file.replace(folder / file.name)
+    files = (file for file in source.rglob("*") if file.is_file())
+    for file in sorted(files, key=lambda file: file.name == MODEL_CONFIG):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
 
 
 def root_of(folder: Path) -> Path:
@@ -233,11 +291,13 @@ def is_resumable(folder: Path) -> bool:
 def _remove_leftovers(folder: Path, keeps_base: bool) -> None:
     """Remove what another checkpoint left in the folder, without which it is none any more."""
     names = (MODEL_CONFIG, "generation_config.json", "model.safetensors.index.json")
+    code: list[str] = []
+    with contextlib.suppress(ValueError, AttributeError, TypeError):  # of a file that is damaged
+        code = [name for name in read_settings(folder).get("remote_code", {}) if CODE_NAME.fullmatch(name)]
+    for name in code:  # another version may have had others
+        (folder / name).unlink(missing_ok=True)
     for file in [] if keeps_base else [*(folder / name for name in names), *folder.glob("model*.safetensors")]:
         file.unlink(missing_ok=True)
-    for name in read_settings(folder).get("remote_code", {}):  # which may be of another version
-        if CODE_NAME.fullmatch(name):
-            (folder / name).unlink(missing_ok=True)
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
 

@@ -54,10 +54,18 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return []
-    names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index} names weights outside its folder: {outside}. Put them into it, or do not trust it.")
-    return [folder / name for name in names]
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
+
+
+def check_weight_maps(folder: Path) -> None:
+    """Raise if a model's files name weights that are elsewhere. Of what is no folder the Hub's client sees to it."""
+    for index in folder.glob("*.index.json") if folder.is_dir() else ():
+        names = {*json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()}
+        if outside := sorted(name for name in names if Path(name).name != name):
+            raise ValueError(
+                f"{index} names weights outside its folder: {outside}. Put them there, or do not trust it."
+            )
 
 
 def read_weights(folder: Path, *, sample: bool) -> Iterator[tuple[str, Tensor, Any]]:
@@ -96,16 +104,18 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase, added: str | None 
     return _hash([vocabulary, copy_tokenizer(tokenizer)(text)["input_ids"]])
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_name_or_path: str, expected: str | None) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: BaseSource, expected: str | None) -> None:
     """Raise if a checkpoint's tokenizer is not the one it was saved with, where it says which that was.
 
     A padding token is never read, so that it may have been added.
     """
-    found = (fingerprint_tokenizer(tokenizer, added) for added in (None, tokenizer.pad_token))
-    if expected and expected not in found:
+    if not expected or expected == source.fingerprint["tokenizer"]:
+        return
+    if expected != fingerprint_tokenizer(tokenizer, tokenizer.pad_token):
         raise ValueError(
-            f"The tokenizer of {model_name_or_path} is not the one it was saved with: it reads texts otherwise. Put "
-            "its files back, or save or download the checkpoint again."
+            f"The tokenizer of {source.folder} reads texts otherwise than the one it was saved with. Put its files "
+            "back, leave out processor_kwargs that change it, or, if it is meant to, take tokenizer_sha256 out of "
+            "gem_config.json."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,20 @@ from .gem_tokens import POOLING_MODES
 CONFIG_FILE, ADAPTER_FOLDER = "gem_config.json", "gem_adapter"
 UNFINISHED = "unfinished_save"
 """Where ``modules.json`` says that the model is while it is being saved, and there is nothing."""
+
+HUB_KWARGS: dict[str, Any] = {
+    "subfolder": "",
+    "token": None,
+    "cache_dir": None,
+    "revision": None,
+    "local_files_only": False,
+}
+"""How files are read from the Hub, and what is the default."""
+
+NOT_COMPLETE = (
+    "{} was not saved completely: its saving was interrupted, or one of several modules was saved by itself. Save it "
+    "again, with save_pretrained of the SentenceTransformer."
+)
 
 REQUIRED = ("num_gem_tokens", "pooling", "gem_token_ids", "gem_token_source")
 TYPES: dict[str, Any] = {
@@ -87,7 +101,7 @@ def _are_ids(ids: list[Any], num_ids: int) -> bool:
 def check_is_checkpoint(model_name_or_path: str, subfolder: str, saved: dict[str, Any]) -> None:
     """Raise if what is to be loaded is a base, or a checkpoint whose saving was interrupted."""
     if subfolder == UNFINISHED:
-        raise ValueError(f"{model_name_or_path} was not saved completely: its saving was interrupted. Save it again.")
+        raise ValueError(NOT_COMPLETE.format(model_name_or_path))
     if not saved:
         raise ValueError(
             f"{model_name_or_path} holds no {CONFIG_FILE}: it is not a GEM checkpoint. To make one of a base model, "
@@ -95,8 +109,31 @@ def check_is_checkpoint(model_name_or_path: str, subfolder: str, saved: dict[str
         )
 
 
-def check_load_options(options: Collection[str]) -> None:
-    """Raise if one of them is an option of the constructor, which a checkpoint is not asked."""
+def load_settings(load_config: Callable[..., Any], path: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint, if they can be such; empty for a base.
+
+    Args:
+        load_config: Reads :data:`CONFIG_FILE`, as Sentence Transformers does.
+        path: Folder or Hub id.
+        hub_kwargs: How files are read from the Hub.
+
+    Raises:
+        ValueError: If they cannot be.
+    """
+    options = {name: hub_kwargs.get(name, default) for name, default in HUB_KWARGS.items() if name != "cache_dir"}
+    saved = load_config(path, cache_folder=hub_kwargs.get("cache_dir"), **options)
+    check_settings(path, saved)
+    return saved
+
+
+def hub_kwargs_of(backend: str, options: dict[str, Any]) -> dict[str, Any]:
+    """How files are read from the Hub, of the options that Sentence Transformers passes to ``load``.
+
+    Raises:
+        ValueError: If the backend is not ``"torch"``, or an option is one of the constructor.
+    """
+    if backend != "torch":
+        raise ValueError(f"GEM checkpoints run on backend='torch', got {backend!r}.")
     if names := sorted(
         {*options} & {"max_seq_length", "num_gem_tokens", "pooling", "freeze_base", "processing_kwargs"}
     ):
@@ -104,24 +141,28 @@ def check_load_options(options: Collection[str]) -> None:
             f"A checkpoint is loaded with its own settings, but {names} were given. Set max_seq_length on the model; "
             "pass the others to the constructor, which checks them."
         )
+    hub_kwargs = {name: options.get(name, default) for name, default in HUB_KWARGS.items()}
+    return {**hub_kwargs, "cache_dir": options.get("cache_folder")}
 
 
 class NamedDamage:
     """Context in which an error of reading a checkpoint names the file that is damaged."""
 
-    def __init__(self, model_name_or_path: str) -> None:
+    def __init__(self, model_name_or_path: str, subfolder: str = "") -> None:
         self.path = model_name_or_path
+        self.subfolder = subfolder
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *details: object) -> None:
         if not isinstance(error, SafetensorError | UnicodeDecodeError | json.JSONDecodeError):
             return
-        folder = Path(self.path)
+        folder = Path(self.path, self.subfolder)
         files = sorted({*folder.glob("*.*"), *folder.glob(f"{ADAPTER_FOLDER}/*.*")})
-        names = " and ".join(str(file.relative_to(folder)) for file in files if _is_damaged(file)) or "A file"
+        names = " and ".join(str(file.relative_to(folder)) for file in files if _is_damaged(file))
         raise ValueError(
-            f"{names} is damaged ({error}), so that {self.path} cannot be loaded. Save or download it again."
+            f"{names or 'A file of it, or of its base,'} is damaged ({error}), so that {self.path} cannot be loaded. "
+            "Save or download it again."
         ) from error
 
 
@@ -130,7 +171,10 @@ def _is_damaged(file: Path) -> bool:
         if file.suffix == ".json":
             json.loads(file.read_text(encoding="utf-8"))
         elif file.suffix == ".safetensors":
-            safe_open(file, framework="pt").__enter__()
+            with safe_open(file, framework="pt"):
+                pass
     except (SafetensorError, ValueError):
         return True
+    except OSError:
+        pass  # it is not there, or not to be read: the error says that itself
     return False

@@ -56,27 +56,19 @@ from .gem_passes import AppendPass, CausalPass, PackedPass, StagedPass, check_ap
 from .gem_probes import probe_base
 from .gem_settings import (
     CONFIG_FILE,
+    HUB_KWARGS,
     NamedDamage,
     check_is_checkpoint,
-    check_load_options,
     check_options,
     check_saved_settings,
-    check_settings,
+    hub_kwargs_of,
+    load_settings,
 )
 from .gem_sharding import Gathered, value_of
 from .gem_tokens import GemTokens, claim_gem_tokens, draw_gem_rows, write_gem_rows
 from .gem_weights import check_places
 
 logger = logging.get_logger(__name__)
-
-HUB_KWARGS: dict[str, Any] = {
-    "subfolder": "",
-    "token": None,
-    "cache_dir": None,
-    "revision": None,
-    "local_files_only": False,
-}
-"""How files are read from the Hub, and what is the default."""
 
 
 class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a tokenizer in one place, not one of its own
@@ -147,7 +139,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         check_options(num_gem_tokens, pooling, freeze_base or (lora_rank is None and lora_kwargs is None))
         self.freeze_base = freeze_base
         hub_kwargs = {key: value for key, value in (model_kwargs or {}).items() if key in HUB_KWARGS}
-        saved = self._load_gem_config(model_name_or_path, hub_kwargs)
+        saved = load_settings(self.load_config, model_name_or_path, hub_kwargs)
         asked = {"num_gem_tokens": num_gem_tokens, "pooling": pooling, "freeze_base": freeze_base}
         check_saved_settings(model_name_or_path, saved, asked, (lora_rank, lora_kwargs))
         self.save_base = saved.get("save_base", True)
@@ -164,7 +156,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         self._weight_types = WeightTypes(base.model, is_asked)
         self.base_model_name_or_path = found.name
         self.source, self.base_model_revision = locate(found, base, hub_kwargs)
-        check_tokenizer(base.text.tokenizer, found.load_from, saved.get("tokenizer_sha256"))
+        check_tokenizer(base.text.tokenizer, self.source, saved.get("tokenizer_sha256"))
         base.check_vocabulary(found.load_from, saved["gem_token_ids"] if saved and has_all_rows else ())
         writes_rows = not freeze_base and not (saved and self.save_base)
         check_places(base.model, found.load_from, freeze_base, writes_rows)
@@ -269,14 +261,16 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             **kwargs: ``task`` and ``modality``, which Sentence Transformers passes to every module; not used.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` (1 for real tokens), padded on the tokenizer's padding side.
-            Shape: ``(B, T)`` each
+            ``input_ids`` and ``attention_mask`` (1 for real tokens), padded on the tokenizer's padding side; nothing of
+            no inputs. Shape: ``(B, T)`` each
 
         Raises:
             ValueError: If an input is not a string, no place is left for text, or an option is none of these.
         """
         max_length = max_length_of(max_length, processing_kwargs, kwargs)
         rows = self.base.text.encode(inputs, prompt or "", self._num_places(max_length))
+        if not rows:
+            return {}
         return self.pad([torch.tensor(row + self.gem_token_ids) for row in rows])
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]  # no other options
@@ -335,14 +329,6 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
                 logger.warning_once("Of several processes the first one writes the checkpoint; this one does not.")
 
     @classmethod
-    def _load_gem_config(cls, model_name_or_path: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The saved settings of a GEM checkpoint; empty for a base model."""
-        options = {name: hub_kwargs.get(name, HUB_KWARGS[name]) for name in HUB_KWARGS.keys() - {"cache_dir"}}
-        saved = cls.load_config(model_name_or_path, cache_folder=hub_kwargs.get("cache_dir"), **options)
-        check_settings(model_name_or_path, saved)
-        return saved
-
-    @classmethod
     def load(  # type: ignore[override]  # where it is, is handed on as Sentence Transformers names it
         cls,
         model_name_or_path: str,
@@ -369,13 +355,9 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             ValueError: If the checkpoint holds no GEM settings, was not saved completely, a file of it is damaged, or
                 ``backend`` is not ``"torch"``.
         """
-        if backend != "torch":
-            raise ValueError(f"GEM checkpoints run on backend='torch', got {backend!r}.")
-        check_load_options(kwargs)
-        hub_kwargs = {name: kwargs.get(name, default) for name, default in HUB_KWARGS.items()}
-        hub_kwargs["cache_dir"] = kwargs.get("cache_folder")
-        with NamedDamage(model_name_or_path):
-            saved = cls._load_gem_config(model_name_or_path, hub_kwargs)
+        hub_kwargs = hub_kwargs_of(backend, kwargs)
+        with NamedDamage(model_name_or_path, hub_kwargs["subfolder"] or ""):
+            saved = load_settings(cls.load_config, model_name_or_path, hub_kwargs)
             check_is_checkpoint(model_name_or_path, hub_kwargs["subfolder"], saved)
             given = {"model_kwargs": model_kwargs, "processor_kwargs": processor_kwargs, "config_kwargs": config_kwargs}
             options = {"trust_remote_code": trust_remote_code, **hub_kwargs}

@@ -196,6 +196,16 @@ def test_a_file_that_was_cut_short_makes_a_checkpoint_incomplete(tmp_path, name,
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
+def test_a_checkpoint_saved_over_and_killed_is_incomplete(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    newer = write_checkpoint(tmp_path, 2)
+    (newer / "gem_part.x").mkdir()
+    (newer / "gem_part.x" / "model.safetensors").write_bytes(b"cut")  # killed before anything was moved
+    assert last_checkpoint(tmp_path) == str(newer)
+    (newer / "modules.json").write_text('[{"path": "unfinished_save"}]')
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
 @pytest.mark.parametrize("text", [None, "", '{"global_step": 2', "[]", b"\xff\xfe"])
 def test_a_checkpoint_without_a_readable_state_is_incomplete(tmp_path, text):
     write_checkpoint(tmp_path, 1)
