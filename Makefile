@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cards test test-fast test-newest test-floor constraints compatibility test-engines lint audit clean
+.PHONY: help setup demo cards test test-fast test-newest test-floor constraints compatibility test-engines test-neighbours lint audit clean
 
 # $(call install,ENVIRONMENT,CONSTRAINTS,REQUIREMENTS): what builds the package is installed like all else, not fetched apart.
 define install
@@ -86,6 +86,12 @@ test-engines: setup ## Serve a stock export with ONNX Runtime, OpenVINO and llam
 	mkdir runs/engines/source && tar -xf runs/engines/llama_cpp_python-*.tar.gz -C runs/engines/source --strip-components 1
 	.venv-llama/bin/python benchmarks/engines.py --engine llama.cpp --llama-cpp runs/engines/source/vendor/llama.cpp
 	.venv-llama/bin/python benchmarks/engines.py --engine llama.cpp --llama-cpp runs/engines/source/vendor/llama.cpp --outtype f16
+
+test-neighbours: setup ## Run Sentence Transformers' own tests with a GEM model in place of theirs; clones github.com
+	rm -rf runs/sentence-transformers
+	git clone --quiet --depth 1 --branch v$$($(BIN)/python -c 'from importlib.metadata import version; print(version("sentence-transformers"))') \
+		https://github.com/huggingface/sentence-transformers runs/sentence-transformers
+	$(BIN)/python benchmarks/neighbours/run.py runs/sentence-transformers
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .

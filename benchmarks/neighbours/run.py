@@ -1,6 +1,6 @@
 """Sentence Transformers' own tests with a GEM model in place of the one of their fixture, and with a stock model.
 
-    git clone --branch v6.2.0 https://github.com/huggingface/sentence-transformers   # what is installed
+    git clone --branch v6.2.0 https://github.com/huggingface/sentence-transformers   # the version that is installed
     python benchmarks/neighbours/run.py sentence-transformers
 
 What a stock model (a decoder and the last token) passes, a GEM model has to pass, but for exceptions.txt, which says
