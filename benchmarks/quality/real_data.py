@@ -61,6 +61,13 @@ def paragraphs(data: Path) -> list[str]:
     return wikitext(data) + [" ".join(b.split()) for b in books if 40 < len(b.split()) < 200]
 
 
+def indexed(data: Path) -> list[str]:
+    """What an index of CISI was made of, and its sentences; titles, which are looked for, are not among them."""
+    texts = [text for title, text in cisi(data)[0].values() if text != title]
+    sentences = (sentence.strip() for text in texts for sentence in re.split(r"(?<=[.?!])\s+", text))
+    return [*texts, *(sentence for sentence in sentences if len(sentence.split()) > 4)]
+
+
 def first_sentences(data: Path) -> list[tuple[str, str]]:
     """The first sentence of a paragraph against the rest."""
     cut = [text.partition(". ") for text in paragraphs(data)]
@@ -94,7 +101,7 @@ def columns(name: str, data: Path) -> dict[str, list[str]]:
     if name in ("passages", "titles"):  # both columns of such pairs, as single texts
         pairs = columns("written" if name == "passages" else "titled", data)
         return {"text": [*pairs["anchor"], *pairs["positive"]]}
-    sources = {"nli": nli_sentences, "wiki": wiki_sentences, "paragraphs": paragraphs}
+    sources = {"nli": nli_sentences, "wiki": wiki_sentences, "paragraphs": paragraphs, "indexed": indexed}
     return {"text": sources[name](data)}
 
 
