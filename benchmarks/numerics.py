@@ -1,6 +1,6 @@
 """How far vectors differ between ways to compute them that should agree, and what that does to a ranking.
 
-    python benchmarks/numerics.py --model runs/demo/model --num 128    # the tables of docs/numerics.md
+    python benchmarks/numerics.py --model runs/demo/frozen --num 128    # the tables of docs/numerics.md
 
 For a trained model, and for random ones of five families in both modes: the largest difference of an element of unit
 vectors, the smallest cosine, and how many of the ten nearest neighbours of a text stay among its ten, on the average
