@@ -173,16 +173,17 @@ def render() -> str:
 
 TITLE = "# Leaderboard\n\nMeans over five task types of mteb's main scores, in percent. K = 1 throughout."
 NOTES = """Baselines: mean pooling, the last token, and Echo (each text read twice) of the untouched base, by stock
-modules of Sentence Transformers. The last line of a table is the small embedder that people use today: it writes no
-text. Seven tasks on fixed samples (`benchmarks/quality/leaderboard.yaml`, 128 tokens of a text): scores are not those
-of the whole data sets. Perplexity is of the same held-out lines of books, as a multiple of the base's. Spread: half of
-what lies between the highest and the lowest seed. Settings were chosen on the dev split of STS-B and on other titles
-than those reported; [log.md](log.md) has them. This page is made by `benchmarks/quality/leaderboard.py` from
-`benchmarks/quality/results`."""
+modules of Sentence Transformers; what a table lacks was not run. The last line of a table is the small embedder that
+people use today: it writes no text. Seven tasks on fixed samples (`benchmarks/quality/leaderboard.yaml`, 128 tokens of
+a text): scores are not those of the whole data sets. Perplexity is of the same held-out lines of books, as a multiple
+of the base's. Spread: half of what lies between the highest and the lowest seed. Settings were chosen on the dev split
+of STS-B and on other titles than those reported; [log.md](log.md) has them. This page is made by
+`benchmarks/quality/leaderboard.py` from `benchmarks/quality/results`."""
 KNOWLEDGE = """## What the generator keeps
 
-SmolLM2-135M-Instruct, accuracy in percent by lm-eval, without examples, in bfloat16: 570 questions of MMLU (ten a
-subject; chance is 25), 1,000 of ARC easy, 400 of HellaSwag, 500 lines of LAMBADA. A frozen base is the base.
+SmolLM2-135M-Instruct, accuracy in percent by lm-eval, in bfloat16: 570 questions of MMLU (ten a subject, five examples
+each; chance is 25), and without examples 1,000 of ARC easy, 400 of HellaSwag, 500 lines of LAMBADA. A frozen base is
+the base. One standard error is 1.6 to 2.5 points.
 
 """
 MADE = "Made with:\n\n"
