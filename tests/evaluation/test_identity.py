@@ -50,6 +50,10 @@ def test_a_changed_file_is_another_model(
     assert digests == [fingerprint(one), digest_generator(one[0].model, one[0].tokenizer)]
     assert digests == [fingerprint(same), digest_generator(same[0].model, same[0].tokenizer)]
     change(tmp_path / "two" / file, **values)
+    if file == "tokenizer.json":  # which it would be refused with
+        settings = json.loads((tmp_path / "two/gem_config.json").read_text(encoding="utf-8"))
+        del settings["tokenizer_sha256"]
+        (tmp_path / "two/gem_config.json").write_text(json.dumps(settings), encoding="utf-8")
     other = SentenceTransformer(str(tmp_path / "two"), trust_remote_code=True, device="cpu")
     assert fingerprint(other) != digests[0]
     assert (digest_generator(other[0].model, other[0].tokenizer) != digests[1]) is is_generator

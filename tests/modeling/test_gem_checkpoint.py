@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from gem_st import GemLoss, GemTransformer
 from gem_st.modeling.gem_checkpoint import REQUIREMENTS
+from gem_st.modeling.gem_files import fingerprint_tokenizer
 
 from ..conftest import CORPUS, quiet_arguments
 
@@ -66,6 +67,7 @@ def test_what_lies_in_a_checkpoint(saved):
         "freeze_base": False,
         "logit_scale": 2.5,
         "save_base": True,
+        "tokenizer_sha256": fingerprint_tokenizer(model.tokenizer),
         "remote_code": hashes,
         "remote_code_sha256": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
     }
