@@ -44,14 +44,6 @@ class Difference(NamedTuple):
     kept_at_worst: float
 
 
-class Maker(NamedTuple):
-    """A model that can be loaded in several ways."""
-
-    name: str
-    path: str
-    can_be_stock: bool
-
-
 def load(
     path: str, dtype: str = "float32", attention: str | None = None, padding_side: str = "right"
 ) -> SentenceTransformer:
@@ -111,9 +103,9 @@ def compare(vectors: np.ndarray, reference: np.ndarray) -> Difference:
     return Difference(np.abs(first - second).max(), (first * second).sum(axis=1).min(), np.mean(kept), min(kept))
 
 
-def differences(maker: Maker, texts: list[str]) -> dict[str, Difference]:
+def differences(path: str, texts: list[str], *, can_be_stock: bool) -> dict[str, Difference]:
     """Against float32, sdpa, batches of 32, padded on the right; those of lower precision also among themselves."""
-    path, found = maker.path, {}
+    found = {}
     model = load(path)
     reference = encode(model, texts)
     ways: dict[str, Callable[[], np.ndarray]] = {
@@ -125,7 +117,7 @@ def differences(maker: Maker, texts: list[str]) -> dict[str, Difference]:
         "a cache: summarize(prefill(texts))": lambda: summarize(model, texts),
         "a cache, all but 3 tokens read one by one": lambda: summarize(model, texts, num_tokens=3),
     }
-    if maker.can_be_stock:
+    if can_be_stock:
         ways["a stock export"] = lambda: stock(path, texts)
     for name, compute in ways.items():
         found[name] = compare(compute(), reference)
@@ -173,13 +165,13 @@ def main() -> None:
     texts = build_texts(args.num)["mixed, 3 to 200 words"]
     if args.model:
         print(f"{args.model}\n")
-        print_table(differences(Maker(args.model, args.model, can_be_stock=False), texts))
+        print_table(differences(args.model, texts, can_be_stock=False))
     worst: dict[str, Difference] = {}
     for family in FAMILIES:
         for options in ({}, {"num_gem_tokens": 3}, {"freeze_base": True, "num_gem_tokens": 3}):
             with tempfile.TemporaryDirectory() as scratch:
                 path = make_random(family, Path(scratch), **options)
-                found = differences(Maker(family, path, can_be_stock=not options), texts)
+                found = differences(path, texts, can_be_stock=not options)
             for name, row in found.items():
                 old = worst.get(name, row)
                 worst[name] = Difference(max(old[0], row[0]), *map(min, old[1:], row[1:]))

@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import matplotlib
-from leaderboard import BASELINES, BASES, DEFAULT_BASE, GEM, RESULTS, kind_of, read_lines, real_arms
+from leaderboard import BASELINES, BASES, GEM, RESULTS, read_lines, real_arms, results_by_kind
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = {
@@ -56,8 +56,9 @@ def own_points() -> list[Point]:
     """Means over seeds; a full model counts where its generator was asked as well."""
     lines, points = read_lines(RESULTS / "real_llm.jsonl"), []
     for base, title in BASES.items():
-        start = next((arm for arm in real_arms(lines, base) if arm.name == BASELINES["mean"]), None)
-        for arm in real_arms(lines, base) if start else []:
+        arms = real_arms(lines, base)
+        start = next((arm for arm in arms if arm.name == BASELINES["mean"]), None)
+        for arm in arms if start else []:
             lost = {GEM["frozen"]: 0.0, GEM["full"]: lost_knowledge(lines, base)}.get(arm.name)
             if lost is not None:
                 points.append(Point(f"{arm.name}, {title}", arm.means[-1] - start.means[-1], lost, True))
@@ -66,16 +67,13 @@ def own_points() -> list[Point]:
 
 def lost_knowledge(lines: list[dict[str, Any]], base: str) -> float | None:
     """Points of accuracy that the full mode lost, over :data:`KNOWLEDGE`; None if that was not measured."""
-    own = [line for line in lines if line["settings"].get("base", DEFAULT_BASE) == base]
-    found = {
-        mode: [
-            mean(line["result"]["knowledge"][name] for name in KNOWLEDGE)
-            for line in own
-            if "knowledge" in line["result"] and kind_of(line["settings"]) == mode
-        ]
-        for mode in ("mean", "full")
-    }
-    return mean(found["mean"]) - mean(found["full"]) if all(found.values()) else None
+    found = results_by_kind(lines, base, "knowledge")
+    if not found.keys() >= {"mean", "full"}:
+        return None
+    before, after = (
+        mean(run["knowledge"][name] for run in found[kind] for name in KNOWLEDGE) for kind in ("mean", "full")
+    )
+    return before - after
 
 
 def main() -> None:

@@ -81,13 +81,19 @@ def kind_of(settings: dict[str, Any]) -> str:
     return mode
 
 
-def real_arms(lines: Iterable[dict[str, Any]], base: str) -> list[Arm]:
-    """Arms of a real LLM."""
-    names, found = {**BASELINES, **GEM, "embedder": REFERENCE}, {}
+def results_by_kind(lines: Iterable[dict[str, Any]], base: str, what: str) -> dict[str, list[dict[str, Any]]]:
+    """Results of a base in which ``what`` was measured, by the kind of their run."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         settings, result = line["settings"], line["result"]
-        if "suite" in result and settings.get("base", DEFAULT_BASE) == base:
+        if what in result and settings.get("base", DEFAULT_BASE) == base:
             found.setdefault(kind_of(settings), []).append(result)
+    return found
+
+
+def real_arms(lines: Iterable[dict[str, Any]], base: str) -> list[Arm]:
+    """Arms of a real LLM."""
+    names, found = {**BASELINES, **GEM, "embedder": REFERENCE}, results_by_kind(lines, base, "suite")
     arms = []
     for kind, name in names.items():
         if results := found.get(kind):
@@ -98,14 +104,14 @@ def real_arms(lines: Iterable[dict[str, Any]], base: str) -> list[Arm]:
 
 def knowledge_rows(lines: Iterable[dict[str, Any]], base: str) -> list[list[str]]:
     """What the generator of a real LLM knows, before and after, in percent; empty if it was not asked."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for line in lines:
-        settings, result = line["settings"], line["result"]
-        if "knowledge" in result and settings.get("base", DEFAULT_BASE) == base:
-            found.setdefault(kind_of(settings), []).append(result["knowledge"])
+    found = results_by_kind(lines, base, "knowledge")
     names = {"mean": "the base, and GEM frozen", "full": GEM["full"]}
     return [
-        [title, *(f"{mean(run[task] for run in runs):.2f}" for task in runs[0]), str(len(runs))]
+        [
+            title,
+            *(f"{mean(run['knowledge'][task] for run in runs):.2f}" for task in runs[0]["knowledge"]),
+            str(len(runs)),
+        ]
         for kind, title in names.items()
         if (runs := found.get(kind))
     ]

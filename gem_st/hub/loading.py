@@ -65,9 +65,9 @@ def find_foreign_code(fetch: Callable[[str], Path | None]) -> str | None:
         return "its code or modules.json is missing"
     if digest not in known_code():
         return f"not that of gem_st {__version__}, SHA-256 {digest}"
-    if UNFINISHED in (module["path"] for module in read_json(modules)):
-        raise ValueError(NOT_COMPLETE.format("The checkpoint"))
     first, *others = ((module["type"], module["path"]) for module in read_json(modules))
+    if first[1] == UNFINISHED:
+        raise ValueError(NOT_COMPLETE.format("The checkpoint"))
     foreign = [name for name, _ in others if not re.fullmatch(PLAIN_MODULES, name)]
     foreign += [first[0]] if first != ("gem_st.GemTransformer", "") else []
     return f"modules.json names {foreign}" if foreign else None

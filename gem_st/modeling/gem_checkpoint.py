@@ -189,7 +189,7 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
     _remove_parts(folder)
     part = Path(tempfile.mkdtemp(prefix=PART, dir=folder))
     try:
-        _write_files(gem, folder if keeps_base else part, part, is_resumable(folder), **kwargs)
+        _write_files(gem, folder if keeps_base else part, part, _is_resumable(folder), **kwargs)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -223,7 +223,7 @@ class _Marked:
         self.is_ours = (folder / ST_CONFIG).exists()
 
     def __enter__(self) -> None:
-        self.before = [{**MODULE, "path": UNFINISHED}]
+        self.before = None
         with contextlib.suppress(FileNotFoundError, ValueError):
             self.before = json.loads(self.path.read_text(encoding="utf-8"))
         if self.is_ours:
@@ -231,7 +231,7 @@ class _Marked:
 
     def __exit__(self, kind: object, *details: object) -> None:
         if self.is_ours and kind is None and self.before == [MODULE]:
-            self._write(self.before)
+            self._write([MODULE])
 
     def _write(self, modules: list[dict[str, Any]]) -> None:
         part = self.path.with_name(f"{self.path.name}.part")
@@ -283,7 +283,7 @@ def root_of(folder: Path) -> Path:
     return next((f for f in list(folder.parents)[:2] if is_routed and (f / ST_CONFIG).exists()), folder)
 
 
-def is_resumable(folder: Path) -> bool:
+def _is_resumable(folder: Path) -> bool:
     """Whether a folder is one that a trainer resumes from."""
     return any(CHECKPOINT.match(name) for name in (folder.name, folder.parent.name))
 
