@@ -68,6 +68,16 @@ def indexed(data: Path) -> list[str]:
     return [*texts, *(sentence for sentence in sentences if len(sentence.split()) > 4)]
 
 
+def spans(data: Path) -> list[str]:
+    """Three to ten words in a row, three from each text and sentence of the index: as short as what is looked for."""
+    found, rng = [], random.Random(0)
+    for words in map(str.split, indexed(data)):
+        for length in rng.choices(range(3, 11), k=3):
+            start = rng.randrange(max(1, len(words) - length + 1))
+            found.append(" ".join(words[start : start + length]))
+    return sorted(set(found))
+
+
 def first_sentences(data: Path) -> list[tuple[str, str]]:
     """The first sentence of a paragraph against the rest."""
     cut = [text.partition(". ") for text in paragraphs(data)]
@@ -101,7 +111,8 @@ def columns(name: str, data: Path) -> dict[str, list[str]]:
     if name in ("passages", "titles"):  # both columns of such pairs, as single texts
         pairs = columns("written" if name == "passages" else "titled", data)
         return {"text": [*pairs["anchor"], *pairs["positive"]]}
-    sources = {"nli": nli_sentences, "wiki": wiki_sentences, "paragraphs": paragraphs, "indexed": indexed}
+    sources = {"nli": nli_sentences, "wiki": wiki_sentences, "paragraphs": paragraphs}
+    sources |= {"indexed": indexed, "spans": spans}
     return {"text": sources[name](data)}
 
 
