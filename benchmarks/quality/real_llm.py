@@ -5,8 +5,9 @@
     python benchmarks/quality/real_llm.py --table
 
 Bases are names of examples/models.py, folders or Hub ids; DATA is described in benchmarks/README.md. Settings are
-chosen with --split dev; --split test is what is reported. Each run is a line of --results, with its settings, versions
-and hardware, and is not run again. A file of jobs holds one set of options a line. --table prints what was run.
+chosen with --split dev; --split test is what is reported, and both adds dev to it. Each run is a line of --results,
+with its settings, versions and hardware, and is not run again. A file of jobs holds one set of options a line.
+--table prints what was run.
 """
 
 from __future__ import annotations
@@ -127,18 +128,10 @@ def score(model: SentenceTransformer, found: dict[str, Any]) -> dict[str, float]
     return {name: round(each(model)[each.primary_metric], 4) for name, each in found.items()}
 
 
-def measure(model: SentenceTransformer, args: argparse.Namespace) -> dict[str, Any]:
-    """Embeddings by Sentence Transformers and mteb, the generator by perplexity and lm-eval."""
-    result: dict[str, Any] = {}
-    found = evaluators(args.evaluate, args.data, args.split)
-    result.update(score(model, found))
-    if "suite" in args.evaluate:
-        options = {"name": "arm", "revision": "none", "batch_size": 128}
-        scores = {
-            task.metadata.name: score_task(model, task, **options)["main_score"]
-            for task in local_suite(args.data).tasks
-        }
-        result["suite"] = {name: round(100 * score, 2) for name, score in scores.items()}
+def measure_vectors(model: SentenceTransformer, args: argparse.Namespace, split: str) -> dict[str, Any]:
+    """Evaluators on one split, and the model's queries in the teacher's index beside the teacher's own."""
+    found = evaluators(args.evaluate, args.data, split)
+    result: dict[str, Any] = score(model, found)
     if args.teacher:
         teacher = SentenceTransformer(resolve(args.teacher))
         for name in sorted(SEARCHES & found.keys()):
@@ -148,6 +141,21 @@ def measure(model: SentenceTransformer, args: argparse.Namespace) -> dict[str, A
                 for query_model in (model, teacher)
             ]
             result[f"{name}_in_teachers_index"] = [round(value, 4) for value in ndcg]
+    return result
+
+
+def measure(model: SentenceTransformer, args: argparse.Namespace) -> dict[str, Any]:
+    """Embeddings by Sentence Transformers and mteb, the generator by perplexity and lm-eval."""
+    result = measure_vectors(model, args, "dev" if args.split == "dev" else "test")
+    if args.split == "both":
+        result["dev"] = measure_vectors(model, args, "dev")
+    if "suite" in args.evaluate:
+        options = {"name": "arm", "revision": "none", "batch_size": 128}
+        scores = {
+            task.metadata.name: score_task(model, task, **options)["main_score"]
+            for task in local_suite(args.data).tasks
+        }
+        result["suite"] = {name: round(100 * score, 2) for name, score in scores.items()}
     if args.mode == "embedder":
         return result
     if args.mode in BASELINES:
@@ -192,8 +200,7 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     for num_gem_tokens in args.test_num_gem_tokens:
         fewer = take_first(model, args, num_gem_tokens)
         fewer.max_seq_length = args.eval_length
-        found = evaluators(args.evaluate, args.data, args.split)
-        result[f"first {num_gem_tokens} GEM tokens"] = score(fewer, found)
+        result[f"first {num_gem_tokens} GEM tokens"] = measure_vectors(fewer, args, args.split)
     if args.save:
         model.save_pretrained(f"{args.save}-{seed}")
     return result
@@ -233,7 +240,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--loss", type=json.loads, default={}, help="JSON, for GemLoss; a list for AlphaSchedule")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--split", choices=["dev", "test"], default="dev")
+    parser.add_argument("--split", choices=["dev", "test", "both"], default="dev")
     parser.add_argument("--evaluate", nargs="+", default=["sts", "titles"], help="of real_data.py, suite, knowledge")
     parser.add_argument("--save", help="folder for the checkpoint; the seed is added")
     parser.add_argument("--teacher", help="a model whose space is learned")
