@@ -23,6 +23,7 @@ from sentence_transformers.util import cos_sim
 from stsb import sts_evaluator
 
 from gem_st.evaluation.suites import Suite, load_suite, sample_indices
+from gem_st.training.teacher import sentences_of, short_spans
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLED = ROOT / "runs/titled.jsonl"
@@ -64,18 +65,12 @@ def paragraphs(data: Path) -> list[str]:
 def indexed(data: Path) -> list[str]:
     """What an index of CISI was made of, and its sentences; titles, which are looked for, are not among them."""
     texts = [text for title, text in cisi(data)[0].values() if text != title]
-    sentences = (sentence.strip() for text in texts for sentence in re.split(r"(?<=[.?!])\s+", text))
-    return [*texts, *(sentence for sentence in sentences if len(sentence.split()) > 4)]
+    return [*texts, *sentences_of(texts)]
 
 
 def spans(data: Path) -> list[str]:
-    """Three to ten words in a row, three from each text and sentence of the index: as short as what is looked for."""
-    found, rng = [], random.Random(0)
-    for words in map(str.split, indexed(data)):
-        for length in rng.choices(range(3, 11), k=3):
-            start = rng.randrange(max(1, len(words) - length + 1))
-            found.append(" ".join(words[start : start + length]))
-    return sorted(set(found))
+    """Short spans of the texts and sentences of the index."""
+    return sorted(set(short_spans(indexed(data))))
 
 
 def first_sentences(data: Path) -> list[tuple[str, str]]:

@@ -65,6 +65,7 @@ EXCLUDED = {
     ("steps", "epochs"): "each sets the length of the training.",
     ("resume", "overwrite"): "one goes on with a training, the other starts anew.",
     ("teacher", "streaming"): "a teacher embeds all rows before the training.",
+    ("pieces", "streaming"): "texts are cut to pieces before the training.",
     ("teacher", "scale"): "scale belongs to the contrastive loss, instead of which a teacher is followed.",
     ("self_generate", "columns"): "texts that the base writes have one column.",
     ("self_generate", "streaming"): "texts that the base writes are in memory.",
@@ -104,6 +105,9 @@ class TrainConfig:
     teacher: Annotated[
         str | None, "Embedder whose space is learned, so that its index can be searched: Hub id or folder."
     ] = None
+    pieces: Annotated[
+        bool, "With a teacher: learn from each text's sentences and short spans as well, which are like queries."
+    ] = False
     mode: Annotated[str, "full (all weights), frozen (GEM tokens only), lora (every token) or qlora (4-bit base)."] = (
         "full"
     )
@@ -413,6 +417,9 @@ def _check_combinations(config: TrainConfig) -> None:
     refused = {
         "Neither data nor self_generate is given. Name a file, a folder or a Hub id, or have the base write its own "
         "texts: --self-generate 5000.": not given & {"data", "self_generate"},
+        "pieces are for a teacher, who has a vector for each. Name one: --teacher MODEL.": (
+            config.pieces and config.teacher is None
+        ),
         "streaming needs steps: the length of a stream is not known.": config.streaming and config.steps is None,
         "lora_rank is for the modes frozen, lora and qlora; full trains all weights.": config.mode == "full"
         and config.lora_rank is not None,

@@ -7,6 +7,8 @@ width of the LLM to that of the teacher.
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
@@ -14,11 +16,33 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from torch import Tensor
 
-from .data import TrainData
+from .data import SENTENCE_END, TrainData
 from .measures import encode
 
 NUM_FITTED = 2048
 """Texts that the head is fitted on before the training."""
+
+
+def sentences_of(texts: Sequence[str], min_words: int = 5) -> list[str]:
+    """Sentences of at least so many words."""
+    pieces = (piece.strip() for text in texts for piece in SENTENCE_END.split(text))
+    return [piece for piece in pieces if len(piece.split()) >= min_words]
+
+
+def short_spans(texts: Sequence[str], num: int = 3, seed: int = 0) -> list[str]:
+    """Three to ten words in a row, ``num`` times from each text."""
+    found, rng = [], random.Random(seed)
+    for words in map(str.split, texts):
+        for length in rng.choices(range(3, 11), k=num):
+            start = rng.randrange(max(1, len(words) - length + 1))
+            found.append(" ".join(words[start : start + length]))
+    return found
+
+
+def add_pieces(texts: Sequence[str]) -> list[str]:
+    """Texts, their sentences, and spans of both that are as short as queries; none of them twice."""
+    whole = [*texts, *sentences_of(texts)]
+    return list(dict.fromkeys([*whole, *short_spans(whole)]))
 
 
 def label_by_teacher(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:

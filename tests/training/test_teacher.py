@@ -12,8 +12,8 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from gem_st.evaluation.baselines import build_baseline
 from gem_st.training.config import load_config
 from gem_st.training.data import TrainData
-from gem_st.training.run import train
-from gem_st.training.teacher import add_head, follow_teacher, label_by_teacher
+from gem_st.training.run import load_data, train
+from gem_st.training.teacher import add_head, add_pieces, follow_teacher, label_by_teacher
 
 from ..conftest import CORPUS
 
@@ -74,6 +74,33 @@ def test_a_training_follows_the_teacher(make_base, teacher, tmp_path, columns):
     queries, index = student.encode(TEXTS[:8]), teacher.encode(TEXTS[:8], normalize_embeddings=True)
     assert queries.shape == index.shape == (8, 48)
     assert (queries * index).sum(1).mean() > result.before[name]
+
+
+def test_pieces_are_sentences_and_short_spans_of_the_texts():
+    texts = ["The first sentence has six words. Short one. And the third one is long again!", "日本語。"]
+    pieces = add_pieces(texts)
+    sentences = ["The first sentence has six words.", "And the third one is long again!"]
+    assert pieces[:4] == [*texts, *sentences]
+    assert pieces == add_pieces(texts) == list(dict.fromkeys(pieces))
+    spans = pieces[4:]
+    assert 3 < len(spans) <= 3 * 4
+    assert all(3 <= len(span.split()) <= 10 for span in spans)
+    assert all(span in texts[0] for span in spans)
+
+
+def test_pieces_are_trained_on_and_not_of_what_is_held_out(make_base, tmp_path):
+    texts = [f"This is sentence {index} of one. Here is one more of {index}." for index in range(40)]
+    Dataset.from_dict({"text": texts}).to_json(str(tmp_path / "data.jsonl"))
+    options = {"base": make_base(), "data": tmp_path / "data.jsonl", "teacher": tmp_path, "held_out": 4}
+    data = load_data(load_config(**options, pieces=True))
+    assert len(data.held_out) == 4
+    assert data.num_rows == len(data.train) > 3 * 36
+    assert set(texts) - set(data.train["text"]) == {row["text"] for row in data.held_out}
+    Dataset.from_dict({"a": texts, "b": texts}).to_json(str(tmp_path / "data.jsonl"))
+    with pytest.raises(ValueError, match="pieces are cut from one column of text"):
+        load_data(load_config(**options, pieces=True))
+    with pytest.raises(ValueError, match="pieces are for a teacher"):
+        load_config(base="b", data=tmp_path, pieces=True).check()
 
 
 def test_what_a_teacher_needs_is_said(make_base, make_model, teacher, tmp_path):
