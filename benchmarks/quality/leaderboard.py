@@ -35,7 +35,7 @@ SUPERVISED = {"nli-pairs", "triplets", "quora"}
 GEM = {
     "frozen": "GEM frozen",
     "supervised": "GEM frozen, labelled pairs",
-    "teacher": "GEM frozen, all-MiniLM-L6-v2 as its teacher",
+    "teacher": "GEM frozen, for an index of all-MiniLM-L6-v2",
     "full": "GEM full",
 }
 
@@ -117,6 +117,18 @@ def knowledge_rows(lines: Iterable[dict[str, Any]], base: str) -> list[list[str]
     ]
 
 
+def index_rows(lines: Iterable[dict[str, Any]], base: str) -> list[list[str]]:
+    """What an LLM finds in its teacher's index, and the teacher itself, in percent and in shares of it."""
+    searches = {"titles_in_teachers_index": "titles", "cisi_in_teachers_index": "CISI"}
+    rows = []
+    for key, name in searches.items():
+        pairs = [run[key] for run in results_by_kind(lines, base, "suite").get("teacher", []) if key in run]
+        if pairs:
+            own, teachers = (mean(column) for column in zip(*pairs, strict=True))
+            rows.append([name, *(f"{100 * share:.1f}" for share in (own, teachers, own / teachers)), str(len(pairs))])
+    return rows
+
+
 def small_arms(base: str) -> list[Arm]:
     """Arms of a small model, as version 0.1 measured them."""
     lines = read_lines(RESULTS / f"leaderboard/{base}.jsonl")
@@ -166,12 +178,15 @@ def render() -> str:
     rows = [summary_row(name, arms, GEM["frozen"], GEM["full"]) for name, arms in real.items()]
     rows += [summary_row(name, arms, "GEM frozen, K = 1", "GEM full, K = 1") for name, arms in small.items()]
     known = [row for base in BASES for row in knowledge_rows(lines, base)]
+    found = index_rows(lines, DEFAULT_BASE)
     environments = {made_with(line["versions"]) for line in lines if "suite" in line["result"]}
     old = made_with(json.loads((RESULTS / "leaderboard/versions.json").read_text(encoding="utf-8")))
     parts = [TITLE, "\n".join([head, *rows]), NOTES]
     parts += [f"## {name}\n\n{table([*arms, *reference])}" for name, arms in real.items()]
     if known:
         parts += [KNOWLEDGE + format_table(["", "MMLU", "ARC easy", "HellaSwag", "LAMBADA", "seeds"], known)]
+    if found:
+        parts += [INDEX + format_table(["", "the LLM", "the teacher", "share", "seeds"], found)]
     parts += [MADE + "\n".join(f"- {each}" for each in sorted(environments)), APPENDIX.format(made=old)]
     parts += [f"### {name}\n\n{table(arms)}" for name, arms in small.items()]
     return "\n\n".join(parts) + "\n"
@@ -190,6 +205,14 @@ KNOWLEDGE = """## What the generator keeps
 SmolLM2-135M-Instruct, accuracy in percent by lm-eval, in bfloat16: 570 questions of MMLU (ten a subject, five examples
 each; chance is 25), and without examples 1,000 of ARC easy, 400 of HellaSwag, 500 lines of LAMBADA. A frozen base is
 the base. One standard error is 1.6 to 2.5 points.
+
+"""
+INDEX = """## In the index of another embedder
+
+Queries that SmolLM2-135M-Instruct embeds beside a frozen base, against vectors that all-MiniLM-L6-v2 made of the
+documents; nDCG@10 in percent. It was trained on sentences of NLI and on the documents, their sentences and short spans
+(`gem-st train --teacher MODEL --pieces`), and has seen neither a title nor a query. Its row in the table of this base
+is of its own vectors: it is made for one index, and worse at topics that it has not seen.
 
 """
 MADE = "Made with:\n\n"
