@@ -1,7 +1,7 @@
 """A real LLM as an embedder: similarity, retrieval and what the generator lost, for any mode, data and loss.
 
     python benchmarks/quality/real_llm.py --data DATA --mode frozen --train nli+wiki --evaluate sts titles
-    python benchmarks/quality/real_llm.py --data DATA --jobs benchmarks/quality/jobs/defaults.txt --workers 1
+    python benchmarks/quality/real_llm.py --data DATA --jobs benchmarks/quality/jobs/frozen.txt --workers 1
     python benchmarks/quality/real_llm.py --table
 
 Bases are names of examples/models.py, folders or Hub ids; DATA is described in benchmarks/README.md. Settings are
