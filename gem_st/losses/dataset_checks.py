@@ -52,7 +52,7 @@ def check_dataset(
     rows = sample_rows(dataset) if reads_streams or not is_stream(dataset) else []
     texts = {name: [row[name] for row in rows] for name in rows[0] if name not in LABEL_COLUMNS} if rows else {}
     for column, values in texts.items():
-        _check_values(column, values, kind)
+        check_values(column, values, kind)
     if not needs_others or kind != "training" or not texts or len(texts) > 2:
         return rows
     if len(rows) == 1:
@@ -161,7 +161,8 @@ def _check_type(column: str, dtype: str, kind: str) -> None:
     )
 
 
-def _check_values(column: str, values: list[Any], kind: str) -> None:
+def check_values(column: str, values: list[Any], kind: str) -> None:
+    """Raise if one of the values of a column is no text, or none of them has any."""
     for index, value in enumerate(values):
         if not isinstance(value, str):
             raise ValueError(

@@ -66,6 +66,9 @@ EXCLUDED = {
     ("resume", "overwrite"): "one goes on with a training, the other starts anew.",
     ("teacher", "streaming"): "a teacher embeds all rows before the training.",
     ("pieces", "streaming"): "texts are cut to pieces before the training.",
+    ("pieces", "self_generate"): "pieces are cut from the texts of an index.",
+    ("teacher", "views"): "a teacher's vector stands in for a second view.",
+    ("teacher", "token_dropout"): "a teacher's vector stands in for a second view.",
     ("teacher", "scale"): "scale belongs to the contrastive loss, instead of which a teacher is followed.",
     ("self_generate", "columns"): "texts that the base writes have one column.",
     ("self_generate", "streaming"): "texts that the base writes are in memory.",
@@ -200,15 +203,19 @@ class TrainConfig:
         Raises:
             ValueError: If rows are longer than that, or nothing would be learned.
         """
-        from ..losses.plan import DEFAULT_TASKS, default_token_dropout, plan_rows
+        from ..losses.plan import DEFAULT_TASKS, WHOLE_TASKS, default_token_dropout, plan_rows
         from ..losses.rows import check_columns
 
         new = dataclasses.replace(self, output=str(self.folder), precision=choose_precision(self.precision))
         freeze_base = self.mode == "frozen"
-        plan = plan_rows(freeze_base, columns, tasks=self.tasks, plain_ratio=self.plain_ratio)
+        named = () if self.teacher else columns  # a teacher's vectors are of each column, and of whole texts
+        plan = plan_rows(
+            freeze_base, named, tasks=self.tasks, plain_ratio=self.plain_ratio, has_labels=self.teacher is not None
+        )
         check_columns(plan.tasks, columns)
         new.plain_ratio = plan.plain_ratio
-        new.tasks = [] if plan.plain_ratio == 1 and plan.tasks == DEFAULT_TASKS else list(plan.tasks)
+        is_default = plan.tasks in (DEFAULT_TASKS, WHOLE_TASKS)
+        new.tasks = [] if plan.plain_ratio == 1 and is_default else list(plan.tasks)
         if new.token_dropout is None:
             new.token_dropout = default_token_dropout(freeze_base)
         if new.learning_rate is None:
@@ -417,8 +424,14 @@ def _check_combinations(config: TrainConfig) -> None:
     refused = {
         "Neither data nor self_generate is given. Name a file, a folder or a Hub id, or have the base write its own "
         "texts: --self-generate 5000.": not given & {"data", "self_generate"},
+        "A teacher's vectors are of whole texts, which reconstruction alone leaves whole. Drop the other tasks.": (
+            config.teacher is not None and bool({*(config.tasks or ())} - {"reconstruction"})
+        ),
         "pieces are for a teacher, who has a vector for each. Name one: --teacher MODEL.": (
             config.pieces and config.teacher is None
+        ),
+        "pieces are no whole texts: next-token prediction would learn to write like them. Use --mode frozen.": (
+            config.pieces and config.mode != "frozen"
         ),
         "streaming needs steps: the length of a stream is not known.": config.streaming and config.steps is None,
         "lora_rank is for the modes frozen, lora and qlora; full trains all weights.": config.mode == "full"

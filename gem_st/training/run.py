@@ -28,7 +28,7 @@ from .config import TrainConfig, load_config
 from .data import TrainData, as_texts, generate_texts, load_eval, load_source, read_texts, set_aside, write_texts
 from .measures import describe_versions, measure
 from .report import write_report
-from .teacher import add_pieces, follow_teacher
+from .teacher import cut_pieces, follow_teacher
 
 __all__ = ["TrainConfig", "TrainResult", "load_config", "train"]
 
@@ -223,10 +223,6 @@ def load_data(config: TrainConfig, num_texts: int | None = None) -> TrainData:
             wanted, split = config.eval_columns, config.eval_split or "train"
             eval_set, graded = load_eval(config.eval_data, split, wanted, columns, tokenizer)
     rows, held_out = set_aside(dataset, config.num_rows, config.held_out, config.seed)
-    if config.pieces:
-        if len(columns) > 1:
-            raise ValueError(f"pieces are cut from one column of text, not of {columns}. Name it: --columns NAME")
-        rows = Dataset.from_dict({columns[0]: add_pieces(rows[columns[0]])})
     num_rows = None if config.streaming else len(rows)
     if config.num_rows and num_rows is not None and num_rows < config.num_rows:
         logger.warning(f"The training set has {num_rows} of the {config.num_rows} rows that num_rows asks for.")
@@ -235,6 +231,9 @@ def load_data(config: TrainConfig, num_texts: int | None = None) -> TrainData:
     check_dataset(rows, "training", reads_streams=True)
     check_dataset(eval_set, "evaluation", reads_streams=True)
     held_out = [row for row in held_out if all(isinstance(text, str) and text.strip() for text in row.values())]
+    if config.pieces:
+        rows = cut_pieces(rows, held_out, config.seed)
+        num_rows = len(rows)
     return TrainData(rows, columns, num_rows, held_out, eval_set, graded)
 
 

@@ -11,11 +11,12 @@ import random
 from collections.abc import Sequence
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from torch import Tensor
 
+from ..losses.dataset_checks import check_values
 from .data import SENTENCE_END, TrainData
 from .measures import encode
 
@@ -23,26 +24,56 @@ NUM_FITTED = 2048
 """Texts that the head is fitted on before the training."""
 
 
+def _words(text: str) -> tuple[list[str], str, int]:
+    """A text's words, what joins them, and how many make one: a word of a script without spaces is two characters."""
+    words = text.split()
+    if not text.isascii() and len(text) > 12 * len(words):
+        return list(text.strip()), "", 2
+    return words, " ", 1
+
+
 def sentences_of(texts: Sequence[str], min_words: int = 5) -> list[str]:
     """Sentences of at least so many words."""
     pieces = (piece.strip() for text in texts for piece in SENTENCE_END.split(text))
-    return [piece for piece in pieces if len(piece.split()) >= min_words]
+    counted = ((piece, _words(piece)) for piece in pieces)
+    return [piece for piece, (words, _, size) in counted if len(words) >= min_words * size]
 
 
 def short_spans(texts: Sequence[str], num: int = 3, seed: int = 0) -> list[str]:
     """Three to ten words in a row, ``num`` times from each text."""
     found, rng = [], random.Random(seed)
-    for words in map(str.split, texts):
+    for words, joint, size in map(_words, texts):
         for length in rng.choices(range(3, 11), k=num):
-            start = rng.randrange(max(1, len(words) - length + 1))
-            found.append(" ".join(words[start : start + length]))
+            start = rng.randrange(max(1, len(words) - size * length + 1))
+            found.append(joint.join(words[start : start + size * length]))
     return found
 
 
-def add_pieces(texts: Sequence[str]) -> list[str]:
-    """Texts, their sentences, and spans of both that are as short as queries; none of them twice."""
+def cut_pieces(dataset: Dataset, held_out: Sequence[dict[str, str]], seed: int) -> Dataset:
+    """Texts, their sentences, and spans of both that are as short as queries.
+
+    Args:
+        dataset: One column of texts.
+        held_out: Rows that are not to be trained on.
+        seed: Of the spans and of the order.
+
+    Returns:
+        A data set of the same column, shuffled, without a row twice.
+
+    Raises:
+        ValueError: If there are several columns, or a row holds no text.
+    """
+    if len(dataset.column_names) > 1:
+        raise ValueError(
+            f"pieces are cut from one column of text, and there are {dataset.column_names}. Name it: --columns NAME"
+        )
+    (column,) = dataset.column_names
+    texts = list(dataset[column])
+    check_values(column, texts, "training")
     whole = [*texts, *sentences_of(texts)]
-    return list(dict.fromkeys([*whole, *short_spans(whole)]))
+    pieces = dict.fromkeys([*whole, *short_spans(whole, seed=seed)])
+    left_out = {"", *(row[column] for row in held_out)}
+    return Dataset.from_dict({column: [piece for piece in pieces if piece not in left_out]}).shuffle(seed=seed)
 
 
 def label_by_teacher(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
@@ -54,10 +85,15 @@ def label_by_teacher(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
 
     Returns:
         The data set; a label has shape ``(D,)`` for one column of texts, ``(C, D)`` for C of them.
+
+    Raises:
+        ValueError: If a row holds no text.
     """
+    for name in dataset.column_names:
+        check_values(name, list(dataset[name]), "training")
     columns = [encode(teacher, dataset[name]) for name in dataset.column_names]
     labels = columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
-    return dataset.add_column("label", labels.tolist())
+    return concatenate_datasets([dataset, Dataset.from_dict({"label": labels.numpy()})], axis=1)
 
 
 def add_head(model: SentenceTransformer, texts: list[str], targets: Tensor, ridge: float = 1e-2) -> None:

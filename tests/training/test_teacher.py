@@ -13,7 +13,7 @@ from gem_st.evaluation.baselines import build_baseline
 from gem_st.training.config import load_config
 from gem_st.training.data import TrainData
 from gem_st.training.run import load_data, train
-from gem_st.training.teacher import add_head, add_pieces, follow_teacher, label_by_teacher
+from gem_st.training.teacher import add_head, cut_pieces, follow_teacher, label_by_teacher
 
 from ..conftest import CORPUS
 
@@ -77,30 +77,62 @@ def test_a_training_follows_the_teacher(make_base, teacher, tmp_path, columns):
 
 
 def test_pieces_are_sentences_and_short_spans_of_the_texts():
-    texts = ["The first sentence has six words. Short one. And the third one is long again!", "日本語。"]
-    pieces = add_pieces(texts)
-    sentences = ["The first sentence has six words.", "And the third one is long again!"]
-    assert pieces[:4] == [*texts, *sentences]
-    assert pieces == add_pieces(texts) == list(dict.fromkeys(pieces))
-    spans = pieces[4:]
-    assert 3 < len(spans) <= 3 * 4
+    texts = [
+        "The first sentence has six words. Short one. And the third one is long again!",
+        "京都は古い都です。そこには寺がたくさんあります。",
+    ]
+    dataset = Dataset.from_dict({"text": texts})
+    pieces = cut_pieces(dataset, [], seed=0)["text"]
+    assert pieces == cut_pieces(dataset, [], seed=0)["text"] != cut_pieces(dataset, [], seed=1)["text"]
+    assert len(pieces) == len(set(pieces))
+    assert {*texts, "The first sentence has six words.", "And the third one is long again!"} < {*pieces}
+    assert "そこには寺がたくさんあります。" in pieces
+    assert "Short one." not in pieces
+    spans = [piece for piece in pieces if piece in texts[0] and not piece.endswith((".", "!"))]
+    assert spans
     assert all(3 <= len(span.split()) <= 10 for span in spans)
-    assert all(span in texts[0] for span in spans)
+    assert any(6 <= len(piece) <= 20 and piece in texts[1] for piece in pieces)
 
 
-def test_pieces_are_trained_on_and_not_of_what_is_held_out(make_base, tmp_path):
+def test_pieces_are_not_of_what_is_held_out(make_base, tmp_path):
     texts = [f"This is sentence {index} of one. Here is one more of {index}." for index in range(40)]
+    texts += [f"This is sentence {index} of one." for index in range(40)]
     Dataset.from_dict({"text": texts}).to_json(str(tmp_path / "data.jsonl"))
-    options = {"base": make_base(), "data": tmp_path / "data.jsonl", "teacher": tmp_path, "held_out": 4}
-    data = load_data(load_config(**options, pieces=True))
-    assert len(data.held_out) == 4
-    assert data.num_rows == len(data.train) > 3 * 36
-    assert set(texts) - set(data.train["text"]) == {row["text"] for row in data.held_out}
+    options = {"base": make_base(), "data": tmp_path / "data.jsonl", "teacher": tmp_path, "mode": "frozen"}
+    data = load_data(load_config(**options, held_out=8, pieces=True))
+    assert len(data.held_out) == 8
+    assert data.num_rows == len(data.train) > 72
+    assert {row["text"] for row in data.held_out}.isdisjoint(data.train["text"])
     Dataset.from_dict({"a": texts, "b": texts}).to_json(str(tmp_path / "data.jsonl"))
     with pytest.raises(ValueError, match="pieces are cut from one column of text"):
         load_data(load_config(**options, pieces=True))
-    with pytest.raises(ValueError, match="pieces are for a teacher"):
-        load_config(base="b", data=tmp_path, pieces=True).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"pieces": True}, "pieces are for a teacher"),
+        ({"pieces": True, "teacher": "t", "mode": "full"}, "pieces are no whole texts"),
+        ({"pieces": True, "teacher": "t", "data": None, "self_generate": 9}, "from the texts of an index"),
+        ({"teacher": "t", "views": ["crops"]}, "stands in for a second view"),
+        ({"teacher": "t", "tasks": ["continuation"], "plain_ratio": 0.5}, "vectors are of whole texts"),
+    ],
+)
+def test_options_that_do_not_fit_a_teacher(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_config(**{"base": "b", "data": "d", "mode": "frozen", **options}).check()
+
+
+@pytest.mark.parametrize("columns", [["text"], ["prompt", "answer"]])
+def test_texts_with_a_teachers_vector_are_not_cut(columns):
+    assert load_config(base="b", data="d", teacher="t", steps=2).resolve(9, columns).tasks == ["reconstruction"]
+    assert load_config(base="b", data="d", teacher="t", mode="frozen", steps=2).resolve(9, columns).tasks == []
+
+
+def test_a_row_without_text_is_named(teacher):
+    for label in (lambda data: label_by_teacher(data, teacher), lambda data: cut_pieces(data, [], seed=0)):
+        with pytest.raises(ValueError, match="Row 1 of column 'text' of the training set is None"):
+            label(Dataset.from_dict({"text": ["A text.", None]}))
 
 
 def test_what_a_teacher_needs_is_said(make_base, make_model, teacher, tmp_path):
