@@ -211,8 +211,9 @@ INDEX = """## In the index of another embedder
 
 Queries that SmolLM2-135M-Instruct embeds beside a frozen base, against vectors that all-MiniLM-L6-v2 made of the
 documents; nDCG@10 in percent. It was trained on sentences of NLI and on the documents, their sentences and short spans
-(`gem-st train --teacher MODEL --pieces`), and has seen neither a title nor a query. Its row in the table of this base
-is of its own vectors: it is made for one index, and worse at topics that it has not seen.
+(`gem-st train --teacher MODEL --pieces`). It has seen no query, and no title but the 7 % that stand in their own text.
+Its row in the table of this base is of its own vectors: it is made for one index, and worse at topics that it has not
+seen.
 
 """
 MADE = "Made with:\n\n"
