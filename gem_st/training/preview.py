@@ -143,7 +143,7 @@ def build_examples(
             texts[0] = spans[0]
         prefix, suffix = split_text(kind, texts[0], given, limit, special, generator)
         shown.append((kind, _segments(tokenizer, prefix, gem, suffix)))
-        if len(texts) == 1:
+        if len(texts) == 1 and config.teacher is None:
             view = spans[1] if spans else drop_tokens(prefix, config.token_dropout or 0.0, special, generator)
             shown.append(("  second view", _segments(tokenizer, view, gem)))
         elif kind == "plain":

@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from gem_st.evaluation.baselines import build_baseline
 from gem_st.training.config import load_config
 from gem_st.training.data import TrainData
+from gem_st.training.preview import preview
 from gem_st.training.run import load_data, train
 from gem_st.training.teacher import add_head, cut_pieces, follow_teacher, label_by_teacher
 
@@ -127,6 +128,14 @@ def test_options_that_do_not_fit_a_teacher(options, reason):
 def test_texts_with_a_teachers_vector_are_not_cut(columns):
     assert load_config(base="b", data="d", teacher="t", steps=2).resolve(9, columns).tasks == ["reconstruction"]
     assert load_config(base="b", data="d", teacher="t", mode="frozen", steps=2).resolve(9, columns).tasks == []
+
+
+def test_the_preview_of_a_teacher_shows_pieces_and_no_second_view(make_base, tmp_path):
+    Dataset.from_dict({"text": TEXTS}).to_json(str(tmp_path / "data.jsonl"))
+    options = {"base": make_base(), "data": tmp_path / "data.jsonl", "teacher": "t", "mode": "frozen", "steps": 2}
+    shown = preview(load_config(**options, pieces=True))
+    assert shown.num_rows > 2 * len(TEXTS)
+    assert {kind for kind, _ in shown.rows} == {"plain"}
 
 
 def test_a_row_without_text_is_named(teacher):
