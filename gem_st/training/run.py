@@ -37,6 +37,12 @@ logger = logging.get_logger(__name__)
 GENERATED = "generated.jsonl"
 """File in the output folder with the texts that the base wrote."""
 
+DATA_SETTINGS = (
+    *("data", "split", "subset", "columns", "streaming", "num_rows", "self_generate", "held_out"),
+    *("teacher", "pieces", "seed"),
+)
+"""What a training reads, and in which order: a training that is resumed skips what it has read."""
+
 LARGE = 500_000_000
 """Parameters from which the default learning rate of full training is too high."""
 
@@ -97,7 +103,8 @@ def train(config: TrainConfig) -> TrainResult:
     prepare_folder(config)
     before = _load_state(config).get("before") if config.resume else measure(trainer, loss, data)
     if trainer.is_world_process_zero():
-        write_json(config.folder / "report.json", {"before": before})  # for a training that is resumed
+        # For a training that is resumed.
+        write_json(config.folder / "report.json", {"before": before, "settings": _reported(config)})
     trainer.train(resume_from_checkpoint=last_checkpoint(config.folder) if config.resume else None)
     try:
         after = measure(trainer, loss, data)
@@ -105,7 +112,7 @@ def train(config: TrainConfig) -> TrainResult:
         if trainer.is_world_process_zero():
             model.save_pretrained(str(config.folder))
     content = {
-        "settings": {name: _without_folders(value) for name, value in config.describe().items()},
+        "settings": _reported(config),
         "versions": describe_versions(),
         "num_rows": data.num_rows,
         "columns": data.columns,
@@ -121,6 +128,10 @@ def train(config: TrainConfig) -> TrainResult:
     )
 
 
+def _reported(config: TrainConfig) -> dict[str, Any]:
+    return {name: _without_folders(value) for name, value in config.describe().items()}
+
+
 def _without_folders(value: Any) -> Any:
     """A file or folder of this machine by its name alone, since reports are passed on."""
     if isinstance(value, dict):
@@ -133,13 +144,14 @@ def check_folder(config: TrainConfig) -> None:
 
     Raises:
         ValueError: If it holds a base or data of this training, or other things, or a training and neither ``resume``
-            nor ``overwrite`` is set, or there is nothing to resume from.
+            nor ``overwrite`` is set, or there is nothing to resume from, or that is of another model or of other data.
     """
     folder = config.folder
     if config.resume and last_checkpoint(folder) is None:
         raise ValueError(f"There is no whole checkpoint in {folder} to resume from. Start without resume.")
     if config.resume:
         _check_same_model(config, Path(str(last_checkpoint(folder))))
+        _check_same_data(config)
     for name in ("base", "data", "eval_data"):
         path = Path(str(getattr(config, name) or "")).expanduser()
         is_inside = path.exists() and folder.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents)
@@ -168,6 +180,17 @@ def _check_same_model(config: TrainConfig, checkpoint: Path) -> None:
             raise ValueError(
                 f"{checkpoint} was trained with {name}={saved.get(name)}, not {value}. Resume with the settings it was "
                 "started with."
+            )
+
+
+def _check_same_data(config: TrainConfig) -> None:
+    started = _load_state(config).get("settings", {})
+    settings = _reported(config)
+    for name in DATA_SETTINGS if started else ():
+        if started.get(name) != settings.get(name):
+            raise ValueError(
+                f"The training in {config.folder} was started with {name}={started.get(name)}, not "
+                f"{settings.get(name)}. Resume with the settings it was started with, or overwrite it."
             )
 
 
@@ -373,7 +396,7 @@ def _refuse_sharding(trainer: SentenceTransformerTrainer) -> None:
 
 
 def _load_state(config: TrainConfig) -> dict[str, Any]:
-    """What a training that is resumed had measured before its first step."""
+    """What a training that is resumed had measured before its first step, and its settings."""
     try:
         return json.loads((config.folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

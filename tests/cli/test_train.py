@@ -717,6 +717,14 @@ def test_a_resumed_training_is_of_the_same_model(make_config, tmp_path):
     assert train(make_config(output=str(folder), steps=3, resume=True)).after
 
 
+@pytest.mark.parametrize(("name", "value"), [("seed", 1), ("num_rows", 12), ("teacher", "other")])
+def test_a_resumed_training_reads_the_same_data(make_config, tmp_path, name, value):
+    folder = str(tmp_path / "out")
+    train(make_config(output=folder, steps=2, training_arguments={"save_steps": 1}))
+    with pytest.raises(ValueError, match=f"was started with {name}=.*, not {value}. Resume with the settings"):
+        train(make_config(output=folder, steps=3, resume=True, **{name: value}))
+
+
 def test_texts_of_another_seed_are_not_taken_for_ones_own(make_config, tmp_path, monkeypatch):
     write = lambda base, num, seed, kwargs: [f"{seed} {index}" for index in range(num)]  # noqa: E731
     monkeypatch.setattr("gem_st.training.run.generate_texts", write)
