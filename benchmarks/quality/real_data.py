@@ -106,8 +106,13 @@ def columns(name: str, data: Path) -> dict[str, list[str]]:
     if name in ("passages", "titles"):  # both columns of such pairs, as single texts
         pairs = columns("written" if name == "passages" else "titled", data)
         return {"text": [*pairs["anchor"], *pairs["positive"]]}
-    sources = {"nli": nli_sentences, "wiki": wiki_sentences, "paragraphs": paragraphs}
-    sources |= {"indexed": indexed, "spans": spans}
+    sources = {
+        "nli": nli_sentences,
+        "wiki": wiki_sentences,
+        "paragraphs": paragraphs,
+        "indexed": indexed,
+        "spans": spans,
+    }
     return {"text": sources[name](data)}
 
 

@@ -128,6 +128,10 @@ def score(model: SentenceTransformer, found: dict[str, Any]) -> dict[str, float]
     return {name: round(each(model)[each.primary_metric], 4) for name, each in found.items()}
 
 
+def main_split(args: argparse.Namespace) -> str:
+    return "dev" if args.split == "dev" else "test"
+
+
 def measure_vectors(model: SentenceTransformer, args: argparse.Namespace, split: str) -> dict[str, Any]:
     """Evaluators on one split, and the model's queries in the teacher's index beside the teacher's own."""
     found = evaluators(args.evaluate, args.data, split)
@@ -146,7 +150,7 @@ def measure_vectors(model: SentenceTransformer, args: argparse.Namespace, split:
 
 def measure(model: SentenceTransformer, args: argparse.Namespace) -> dict[str, Any]:
     """Embeddings by Sentence Transformers and mteb, the generator by perplexity and lm-eval."""
-    result = measure_vectors(model, args, "dev" if args.split == "dev" else "test")
+    result = measure_vectors(model, args, main_split(args))
     if args.split == "both":
         result["dev"] = measure_vectors(model, args, "dev")
     if "suite" in args.evaluate:
@@ -200,7 +204,7 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     for num_gem_tokens in args.test_num_gem_tokens:
         fewer = take_first(model, args, num_gem_tokens)
         fewer.max_seq_length = args.eval_length
-        result[f"first {num_gem_tokens} GEM tokens"] = measure_vectors(fewer, args, args.split)
+        result[f"first {num_gem_tokens} GEM tokens"] = measure_vectors(fewer, args, main_split(args))
     if args.save:
         model.save_pretrained(f"{args.save}-{seed}")
     return result

@@ -65,7 +65,6 @@ EXCLUDED = {
     ("steps", "epochs"): "each sets the length of the training.",
     ("resume", "overwrite"): "one goes on with a training, the other starts anew.",
     ("teacher", "streaming"): "a teacher embeds all rows before the training.",
-    ("pieces", "streaming"): "texts are cut to pieces before the training.",
     ("pieces", "self_generate"): "pieces are cut from the texts of an index.",
     ("teacher", "views"): "a teacher's vector stands in for a second view.",
     ("teacher", "token_dropout"): "a teacher's vector stands in for a second view.",

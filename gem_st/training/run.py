@@ -102,9 +102,9 @@ def train(config: TrainConfig) -> TrainResult:
     _refuse_sharding(trainer)
     prepare_folder(config)
     before = _load_state(config).get("before") if config.resume else measure(trainer, loss, data)
+    state = {"before": before, "settings": _reported(config)}  # for a training that is resumed
     if trainer.is_world_process_zero():
-        # For a training that is resumed.
-        write_json(config.folder / "report.json", {"before": before, "settings": _reported(config)})
+        write_json(config.folder / "report.json", state)
     trainer.train(resume_from_checkpoint=last_checkpoint(config.folder) if config.resume else None)
     try:
         after = measure(trainer, loss, data)
@@ -112,12 +112,11 @@ def train(config: TrainConfig) -> TrainResult:
         if trainer.is_world_process_zero():
             model.save_pretrained(str(config.folder))
     content = {
-        "settings": _reported(config),
+        **state,
         "versions": describe_versions(),
         "num_rows": data.num_rows,
         "columns": data.columns,
         "seconds": round(time.perf_counter() - start),
-        "before": before,
         "after": after,
         "log_history": trainer.state.log_history,
     }
@@ -150,8 +149,7 @@ def check_folder(config: TrainConfig) -> None:
     if config.resume and last_checkpoint(folder) is None:
         raise ValueError(f"There is no whole checkpoint in {folder} to resume from. Start without resume.")
     if config.resume:
-        _check_same_model(config, Path(str(last_checkpoint(folder))))
-        _check_same_data(config)
+        _check_same_training(config)
     for name in ("base", "data", "eval_data"):
         path = Path(str(getattr(config, name) or "")).expanduser()
         is_inside = path.exists() and folder.exists() and folder.resolve() in (path.resolve(), *path.resolve().parents)
@@ -168,29 +166,27 @@ def check_folder(config: TrainConfig) -> None:
         raise ValueError(f"{folder} is not empty (it holds {others[0]}), and no training. Name a new folder.")
 
 
-def _check_same_model(config: TrainConfig, checkpoint: Path) -> None:
+def _check_same_training(config: TrainConfig) -> None:
+    """Refuse to resume a training of another model, or of other data."""
+    checkpoint = Path(str(last_checkpoint(config.folder)))
     saved = json.loads((checkpoint / GemTransformer.config_file_name).read_text(encoding="utf-8"))
-    wanted = {
+    model = {
         "num_gem_tokens": config.num_gem_tokens,
         "pooling": config.pooling,
         "freeze_base": config.mode == "frozen",
     }
-    for name, value in wanted.items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"{checkpoint} was trained with {name}={saved.get(name)}, not {value}. Resume with the settings it was "
-                "started with."
-            )
+    _require_same(f"{checkpoint} was trained", saved, model)
+    if started := _load_state(config).get("settings"):
+        settings = _reported(config)
+        data = {name: settings.get(name) for name in DATA_SETTINGS}
+        _require_same(f"The training in {config.folder} was started", started, data)
 
 
-def _check_same_data(config: TrainConfig) -> None:
-    started = _load_state(config).get("settings", {})
-    settings = _reported(config)
-    for name in DATA_SETTINGS if started else ():
-        if started.get(name) != settings.get(name):
+def _require_same(what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
             raise ValueError(
-                f"The training in {config.folder} was started with {name}={started.get(name)}, not "
-                f"{settings.get(name)}. Resume with the settings it was started with, or overwrite it."
+                f"{what} with {name}={before.get(name)}, not {value}. Resume with the settings it was started with."
             )
 
 

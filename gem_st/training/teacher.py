@@ -76,12 +76,13 @@ def cut_pieces(dataset: Dataset, held_out: Sequence[dict[str, str]], seed: int) 
     return Dataset.from_dict({column: [piece for piece in pieces if piece not in left_out]}).shuffle(seed=seed)
 
 
-def label_by_teacher(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
+def label_by_teacher(dataset: Dataset, teacher: SentenceTransformer, kind: str = "training") -> Dataset:
     """Add the teacher's unit vectors of each row's texts as the column ``label``.
 
     Args:
         dataset: Columns of texts.
         teacher: Any model of Sentence Transformers.
+        kind: Of the set, for errors: ``"training"`` or ``"evaluation"``.
 
     Returns:
         The data set; a label has shape ``(D,)`` for one column of texts, ``(C, D)`` for C of them.
@@ -90,7 +91,7 @@ def label_by_teacher(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
         ValueError: If a row holds no text.
     """
     for name in dataset.column_names:
-        check_values(name, list(dataset[name]), "training")
+        check_values(name, list(dataset[name]), kind)
     columns = [encode(teacher, dataset[name]) for name in dataset.column_names]
     labels = columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
     return concatenate_datasets([dataset, Dataset.from_dict({"label": labels.numpy()})], axis=1)
@@ -138,7 +139,7 @@ def follow_teacher(name: str, model: SentenceTransformer, data: TrainData) -> Tr
     fitted = train.select(range(num_texts))
     labels = torch.tensor(fitted["label"]).float()
     add_head(model, list(fitted[data.columns[0]]), labels if labels.dim() == 2 else labels[:, 0])
-    eval_set = None if data.eval_set is None else label_by_teacher(data.eval_set, teacher)
+    eval_set = None if data.eval_set is None else label_by_teacher(data.eval_set, teacher, "evaluation")
     first = [row[data.columns[0]] for row in data.held_out]
     targets = encode(teacher, first) if first else None
     return dataclasses.replace(data, train=train, eval_set=eval_set, targets=targets)
