@@ -1,8 +1,15 @@
-"""Throughput of `encode` against stock Sentence Transformers on the same base, side by side in one run.
+"""Throughput of `encode` at the size people use, against stock Sentence Transformers, peers and the bare backbone.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/encode_speed.py
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/encode_speed.py --only one instruction --threads 1 --dtype bfloat16
+    python benchmarks/encode_speed.py --table
 
-Prints, for each kind of text, the median over rounds of (time of stock) / (time of GEM): above 1, GEM is faster.
+All ways embed the same texts in turn, in one process; ratios are of one round, and the median of the rounds is given.
+The floor is the backbone alone on as many tokens as the texts have, GEM tokens included: no padding, no mask, no
+tokenizer, 2,048 tokens at a time in rows as long as the texts are on average. Bases are names of examples/models.py,
+folders, Hub ids, `random-135m` and `random-1b`, random Llamas of those shapes. `stock` pools the last token and `mean`
+all of them, which is what GritLM and LLM2Vec compute; `echo` reads texts twice; `all-minilm-l6-v2` is an embedder of
+22 million parameters.
 """
 
 from __future__ import annotations
@@ -11,65 +18,183 @@ import argparse
 import json
 import random
 import statistics
+import sys
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gem_st import GemTransformer
+from gem_st.evaluation.baselines import build_baseline
+from gem_st.training.measures import describe_versions
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+from models import resolve  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "encode_speed.jsonl"
+SHAPES: dict[str, dict[str, Any]] = {
+    "random-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "random-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+GEM = {"full K=1": (False, 1), "full K=4": (False, 4), "frozen K=1": (True, 1), "frozen K=4": (True, 4)}
+PEERS = {"stock": "lasttoken", "mean": "mean", "echo": "echo"}
+EMBEDDER = "all-minilm-l6-v2"
+FLOOR_TOKENS = 2048
+NOT_SETTINGS = ("results", "table", "only", "rounds")
 
 
-def build_texts(num: int) -> dict[str, list[str]]:
-    lines = (EXAMPLES / "data" / "passages.jsonl").read_text(encoding="utf-8").splitlines()
-    words = " ".join(json.loads(line)["text"] for line in lines).split()
-    draw = random.Random(0)
+def find_base(name: str, scratch: str) -> str:
+    """A folder or Hub id; a random model is written first."""
+    if name not in SHAPES:
+        return str(resolve(name))
+    tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2-135m-instruct"))
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=49_152, tie_word_embeddings=True, dtype="bfloat16", **SHAPES[name])
+    LlamaForCausalLM(config).bfloat16().save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    return scratch
 
-    def cut(length: int) -> str:
-        start = draw.randrange(len(words) - length)
-        return " ".join(words[start : start + length])
 
-    return {
-        "12 words": [cut(12) for _ in range(num)],
-        "50 words": [cut(50) for _ in range(num)],
-        "mixed, 3 to 200 words": [cut(int(3 * (200 / 3) ** draw.random())) for _ in range(num)],
-    }
+class Texts:
+    """Texts of given numbers of tokens, cut from examples/data."""
+
+    def __init__(self, tokenizer: Any, seed: int = 0) -> None:
+        self.tokenizer = tokenizer
+        self.random = random.Random(seed)
+        lines = (ROOT / "examples" / "data" / "passages.jsonl").read_text(encoding="utf-8").splitlines()
+        joined = " ".join(json.loads(line)["text"] for line in lines)
+        self.ids = tokenizer(joined, add_special_tokens=False)["input_ids"]
+
+    def cut(self, length: int) -> str:
+        start = self.random.randrange(len(self.ids) - length)
+        return self.tokenizer.decode(self.ids[start : start + length])
+
+    def make(self, name: str, num: int) -> tuple[list[str], str | None]:
+        """Texts of one set, and the prompt they share."""
+        if name == "one":
+            return [self.cut(9)], None
+        if name == "instruction":
+            return [self.cut(16) for _ in range(num)], self.cut(64)
+        if name == "mixed":
+            return [self.cut(round(8 * (512 / 8) ** self.random.random())) for _ in range(num)], None
+        return [self.cut(int(name)) for _ in range(num)], None
+
+    def count(self, texts: list[str], prompt: str | None) -> int:
+        return sum(len(self.tokenizer(f"{prompt or ''}{text}")["input_ids"]) for text in texts)
+
+
+def run_floor(backbone: Any, num_tokens: int, length: int) -> None:
+    rows = max(1, FLOOR_TOKENS // length)
+    ids = torch.full((rows, length), 100)
+    with torch.inference_mode():
+        for start in range(0, num_tokens, rows * length):
+            left = min(num_tokens - start, rows * length)
+            backbone(input_ids=ids[: max(1, left // length), : min(length, left)], use_cache=False)
+
+
+def load_ways(args: argparse.Namespace, base: str) -> tuple[dict[str, SentenceTransformer], Any]:
+    """Ways to embed, and the bare backbone."""
+    kwargs: dict[str, Any] = {"model_kwargs": {"dtype": args.dtype}}
+    models = {name: build_baseline(kind, base, **kwargs) for name, kind in PEERS.items() if name in args.ways}
+    for name, (freeze_base, num_gem_tokens) in GEM.items():
+        if name in args.ways:
+            gem = GemTransformer(base, num_gem_tokens=num_gem_tokens, freeze_base=freeze_base, **kwargs)
+            models[name] = SentenceTransformer(modules=[gem])
+    if EMBEDDER in args.ways:
+        models[EMBEDDER] = SentenceTransformer(str(resolve(EMBEDDER)), device="cpu", **kwargs)
+    return models, AutoModel.from_pretrained(base, dtype=args.dtype).eval()
+
+
+def measure(name: str, args: argparse.Namespace, models: dict[str, SentenceTransformer], backbone: Any) -> dict:
+    """Seconds of each round by way, and what they are to stock and to the floor."""
+    texts = Texts(AutoTokenizer.from_pretrained(backbone.config._name_or_path))
+    sample, prompt = texts.make(name, args.num)
+    num_tokens = texts.count(sample, prompt)
+    ways: dict[str, Callable[[], object]] = {}
+    for way, model in models.items():
+        ways[way] = partial(model.encode, sample, prompt=prompt, batch_size=args.batch_size)
+    for num_gem_tokens in sorted({GEM[way][1] for way in models if way in GEM} | {1}):
+        total = num_tokens + num_gem_tokens * len(sample)
+        ways[f"floor K={num_gem_tokens}"] = partial(run_floor, backbone, total, round(total / len(sample)))
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    repeats = 8 if len(sample) == 1 else 1
+    for round_ in range(args.rounds + 1):
+        for way, function in ways.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            if round_:  # the first warms up
+                seconds[way].append((time.perf_counter() - start) / repeats)
+
+    def ratio(above: str, below: str) -> float:
+        pairs = zip(seconds[above], seconds[below], strict=True)
+        return round(statistics.median(one / other for one, other in pairs), 3)
+
+    result: dict[str, Any] = {"tokens": num_tokens, "texts": len(sample)}
+    result["seconds"] = {way: round(statistics.median(values), 4) for way, values in seconds.items()}
+    result["of floor"] = {way: ratio(f"floor K={GEM.get(way, (0, 1))[1]}", way) for way in models}
+    result["times stock"] = {way: ratio("stock", way) for way in models if "stock" in models}
+    result["times echo"] = {way: ratio("echo", way) for way in models if "echo" in models}
+    return result
+
+
+def print_table(results: Path) -> None:
+    """Each measurement as a row of Markdown."""
+    print("| base, dtype, threads, batch | texts | way | times stock | times Echo | of the floor |")
+    print("|---|---|---|---|---|---|")
+    for line in map(json.loads, results.read_text(encoding="utf-8").splitlines()):
+        settings, result = line["settings"], line["result"]
+        place = f"{settings['base']}, {settings['dtype']}, {settings['threads']}, {settings['batch_size']}"
+        for way, share in result["of floor"].items():
+            ratios = (result[key].get(way, "") for key in ("times stock", "times echo"))
+            print(f"| {place} | {settings['texts']} | {way} | {' | '.join(map(str, ratios))} | {share} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=str(EXAMPLES / "base-8m"))
-    parser.add_argument("--num", type=int, default=256, help="texts of each kind")
+    parser.add_argument("--base", default="smollm2-135m-instruct")
+    parser.add_argument("--only", nargs="+", default=["9", "64", "256", "mixed", "one", "instruction"])
+    parser.add_argument("--ways", nargs="+", default=[*PEERS, *GEM, EMBEDDER])
+    parser.add_argument("--num", type=int, default=128, help="texts of each set")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a line is added for each set")
+    parser.add_argument("--table", action="store_true", help="print what was measured")
     args = parser.parse_args()
-
-    backbone = Transformer(args.base, model_kwargs={"dtype": args.dtype})
-    if backbone.tokenizer.pad_token is None:
-        backbone.tokenizer.pad_token = backbone.tokenizer.eos_token
-    models = {
-        "stock": SentenceTransformer(modules=[backbone, Pooling(backbone.get_embedding_dimension(), "lasttoken")])
-    }
-    for num_gem_tokens in (1, 4):
-        gem = GemTransformer(args.base, num_gem_tokens=num_gem_tokens, model_kwargs={"dtype": args.dtype})
-        models[f"GEM, K = {num_gem_tokens}"] = SentenceTransformer(modules=[gem])
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.dtype}, batches of {args.batch_size}")
-    for kind, texts in build_texts(args.num).items():
-        ratios: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(args.rounds + 1):
-            times = {}
-            for name, model in models.items():
-                start = time.perf_counter()
-                model.encode(texts, batch_size=args.batch_size)
-                times[name] = time.perf_counter() - start
-            for name, seconds in times.items():
-                ratios[name].append(times["stock"] / seconds)
-        medians = {name: statistics.median(values[1:]) for name, values in ratios.items() if name != "stock"}
-        print(f"{kind:<24}" + "".join(f"  {name}: {median:.2f}" for name, median in medians.items()))
+    if args.table:
+        return print_table(args.results)
+    torch.set_num_threads(args.threads)
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        models, backbone = load_ways(args, find_base(args.base, scratch))
+        for name in args.only:
+            result = measure(name, args, models, backbone)
+            line = {"settings": {**settings, "texts": name}, "result": result, "versions": describe_versions()}
+            with args.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(name, json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""One training step of GemLoss against the obvious way to write it: time, and the memory it takes.
+"""One training step of GemLoss against the obvious way to write it, and against one forward pass: time, and memory.
 
     python benchmarks/train_step.py speed --base examples/base-8m --texts examples/data/train.txt
+    python benchmarks/train_step.py floor --base smollm2-135m-instruct --batch-size 64 --length 48
     python benchmarks/train_step.py memory
 
 The obvious way runs plain rows for next-token prediction, rows with GEM tokens for their embeddings and what is behind
@@ -22,9 +23,8 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-import sentence_transformers
 import torch
-import transformers
+from encode_speed import resolve
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,10 +33,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from gem_st import GemLoss, GemTransformer
 from gem_st.losses import find_same_texts, info_nce, text_keys
 from gem_st.losses.rows import split_rows
-from gem_st.modeling import gem_embedder
+from gem_st.modeling import gem_passes
 from gem_st.modeling.gem_mask import Rows, gem_segments
 from gem_st.modeling.gem_passes import CausalPass
 from gem_st.modeling.gem_tokens import pool_gem_tokens
+from gem_st.training.measures import describe_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 ALPHA = 0.5
@@ -94,7 +95,7 @@ def grouped_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
 
 def padded_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
     """Ours without packing and groups, as in training of several processes before there was packing."""
-    with patch.object(loss._gem[0].embedder, "packed", None), patch.dict(gem_embedder.BUCKET_COST, cpu=10**9):
+    with patch.object(loss._gem[0].embedder, "packed", None), patch.dict(gem_passes.GROUP_COST, cpu=10**9):
         return our_loss(loss, texts)
 
 
@@ -155,6 +156,51 @@ def measure_speed(args: argparse.Namespace) -> dict:
             "tokens_in_texts": sorted(map(len, texts))[:: max(1, len(texts) // 8)],
         }
         print(f"K={num_gem_tokens}", result[f"K={num_gem_tokens}"], flush=True)
+    return result
+
+
+def measure_floor(args: argparse.Namespace) -> dict:
+    """A step of both modes over one forward pass of the backbone on as many tokens, without padding and gradient."""
+    lines = [line for line in Path(args.texts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    result = {}
+    for mode, freeze_base in (("frozen", True), ("full", False)):
+        for num_gem_tokens in (1, 4):
+            gem = GemTransformer(
+                str(resolve(args.base)),
+                num_gem_tokens=num_gem_tokens,
+                freeze_base=freeze_base,
+                max_seq_length=args.length,
+                model_kwargs={"dtype": args.dtype} if freeze_base else {},
+            )
+            model = SentenceTransformer(modules=[gem], device="cpu")
+            loss = GemLoss(model, alpha=ALPHA).train()
+            features = model.preprocess(random.Random(0).sample(lines, args.batch_size))
+            num_tokens = int(features["attention_mask"].sum())
+            optimizer = torch.optim.AdamW([weight for weight in loss.parameters() if weight.requires_grad], lr=1e-5)
+            ids = torch.full((round(num_tokens / 20), 20), 100)
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16" and not freeze_base)
+            seconds: dict[str, list[float]] = {"step": [], "forward": []}
+            for round_ in range(args.rounds + 1):
+                torch.manual_seed(round_)
+                times = [time.perf_counter()]
+                with torch.no_grad(), autocast:
+                    gem.model.base_model(input_ids=ids, use_cache=False)
+                times.append(time.perf_counter())
+                optimizer.zero_grad()
+                with autocast:
+                    value = loss([dict(features)])
+                value.backward()
+                optimizer.step()
+                times.append(time.perf_counter())
+                if round_:  # the first warms up
+                    seconds["forward"].append(times[1] - times[0])
+                    seconds["step"].append(times[2] - times[1])
+            result[f"{mode}, K={num_gem_tokens}"] = {
+                "tokens": num_tokens,
+                "step seconds": round(statistics.median(seconds["step"]), 3),
+                "step / forward": compare(seconds["step"], seconds["forward"]),
+            }
+            print(mode, num_gem_tokens, result[f"{mode}, K={num_gem_tokens}"], flush=True)
     return result
 
 
@@ -238,12 +284,13 @@ def run_step(base: Path, way: str, batch_size: int, length: int, *options: str) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "memory", "peak"))
+    parser.add_argument("what", choices=("speed", "floor", "memory", "peak"))
     parser.add_argument("--base", default=str(ROOT / "examples" / "base-8m"))
     parser.add_argument("--texts", default=str(ROOT / "examples" / "data" / "train.txt"))
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=128, help="tokens in a row at most; in `peak`, of each text")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default="float32", help="in `floor`; bfloat16 is autocast in full mode")
     parser.add_argument("--width", type=int, default=256, help="of the random model whose memory is measured")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--way", choices=WAYS, default="ours")
@@ -253,9 +300,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "peak":
         return measure_peak(args)
-    result = measure_speed(args) if args.what == "speed" else measure_memory(args)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, sentence_transformers)}
-    print(json.dumps({"result": result, "threads": torch.get_num_threads(), **versions}))
+    measures = {"speed": measure_speed, "floor": measure_floor, "memory": measure_memory}
+    result = measures[args.what](args)
+    settings = {"base": args.base, "dtype": args.dtype, "threads": torch.get_num_threads()}
+    print(json.dumps({"settings": settings, "result": result, "versions": describe_versions()}))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,15 @@ def tensors_of(cache: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def cache_of(layers: Iterable[Iterable[Tensor]]) -> DynamicCache:
-    """A transformers cache of keys and values, in which every layer holds every token, sliding windows too."""
-    return DynamicCache([tuple(layer) for layer in layers])
+    """A transformers cache of keys and values, in which every layer holds every token, sliding windows too.
+
+    It holds the very tensors, which a cache of transformers never changes; given to its constructor they are copied.
+    """
+    given = [tuple(layer) for layer in layers]
+    cache: Any = DynamicCache([tuple(tensor[..., :0, :] for tensor in layer) for layer in given])
+    for layer, (keys, values) in zip(cache.layers, given, strict=True):
+        layer.keys, layer.values = keys, values
+    return cache
 
 
 def take_tokens(tensor: Tensor, order: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from sentence_transformers.util import get_world_size
 from torch import Tensor
@@ -11,12 +13,9 @@ from transformers.cache_utils import DynamicCache
 from .gem_base import GemBase
 from .gem_cache import GemCache, GemMemory, tensors_of
 from .gem_mask import GEM, PREFIX, Rows
-from .gem_passes import AppendPass, PackedPass, Pass, Shared
+from .gem_passes import AppendPass, PackedPass, Pass, Shared, run_groups
 from .gem_probes import BaseFacts
 from .gem_tokens import GemTokens
-
-BUCKET_COST = {"cpu": 128}
-"""Padding tokens worth one more pass through the backbone, by device type; 2,048 on accelerators."""
 
 SHARED_PREFIX_LENGTH, SHARED_PREFIX_SHARE = 8, 1 / 8
 """Tokens that rows share at their start are computed once if they are as many, and as large a share of the batch."""
@@ -68,30 +67,19 @@ class Embedder:
         return self.tokens.pool(self.states(rows), rows.segments)
 
     def states(self, rows: Rows) -> Tensor:
-        """Run rows through the model, packed in training, otherwise in groups of like length.
+        """Run rows through the model, packed in training. Shapes: ``(B, T)`` -> ``(B, T, D)``, zeros at some padding
 
-        Sharded training (FSDP, DeepSpeed) needs as many passes on every process, hence one group there.
-        Shapes: ``(B, T)`` -> ``(B, T, D)``, zeros at padding of groups
+        Rows beyond the limit of "longrope", and the others, are not run together.
         """
         if self.packed is not None and self.packed.takes(rows):
             return self.packed(rows)
-        lengths = rows.lengths
         shared = self.read_shared_prefix(rows)
-        cost = BUCKET_COST.get(rows.input_ids.device.type, 2048)
-        buckets = length_buckets(lengths, cost) if get_world_size() == 1 else []
-        is_far = lengths > self.base.rope_limit
-        buckets = [part for index in buckets for part in (index[is_far[index]], index[~is_far[index]]) if len(part)]
-        if len(buckets) <= 1:
-            return self.whole(rows, shared)
-        states: Tensor | None = None
-        for index in buckets:
-            width = int(lengths[index[0]])
-            part = self.whole(rows.take(index, width), shared)
-            if states is None:
-                states = part.new_zeros((*rows.input_ids.shape, part.shape[-1]))
-            states[index, :width] = part
-        assert states is not None  # there are two buckets or more
-        return states
+        order = rows.lengths.argsort(descending=True, stable=True)
+        num_far = int((rows.lengths > self.base.rope_limit).sum())
+        is_one = get_world_size() > 1 or num_far in (0, len(order))
+        return run_groups(
+            partial(self.whole, shared=shared), rows, [] if is_one else [order[:num_far], order[num_far:]]
+        )
 
     def read_shared_prefix(self, rows: Rows) -> Shared | None:
         """Run the tokens that all rows start with, such as an instruction, once for all of them, where that pays."""
@@ -135,24 +123,3 @@ class Embedder:
         self.base.check_context(F.pad(cache.attention_mask, (0, 1), value=True))
         past = cache.past_key_values()
         return self.append(past, cache.attention_mask, cache.lengths), past
-
-
-def length_buckets(lengths: Tensor, cost: int) -> list[Tensor]:
-    """Group rows of like length, so that each group is padded to its own longest row.
-
-    Args:
-        lengths: Tokens in each row. Shape: ``(B,)``
-        cost: Padding tokens that one more group is worth; a row starts a new group where it would exceed them.
-
-    Returns:
-        Row indices of each group, longest rows first. Shapes: ``(B_i,)``
-    """
-    order = lengths.argsort(descending=True, stable=True)
-    ordered = lengths[order].tolist()
-    starts, longest, padding = [], ordered[0], 0
-    for index, length in enumerate(ordered):
-        padding += longest - length
-        if padding > cost:
-            starts.append(index)
-            longest, padding = length, 0
-    return list(order.tensor_split(starts))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
+from sentence_transformers.util import get_world_size
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -23,6 +25,12 @@ Shared = tuple[Tensor, DynamicCache]
 PACKED_PADDING = 128
 """Padding tokens that have to be saved for a batch to be packed."""
 
+GROUP_COST = {"cpu": 128}
+"""Padding tokens worth one more pass through the backbone, by device type; 2,048 on accelerators."""
+
+STAGE_TOKENS = 8192
+"""Places of keys and values, padding included, behind which GEM tokens are put in one go."""
+
 
 class Pass(Protocol):
     """What turns rows into hidden states, and may be told what was read of them: causal and staged passes."""
@@ -39,7 +47,10 @@ class CausalPass:
         self.tokens = tokens
 
     def __call__(self, rows: Rows, shared: Shared | None = None) -> Tensor:
-        """Hidden states of all tokens. Shapes: ``(B, T)`` -> ``(B, T, D)``"""
+        """Hidden states of all tokens, of rows of like length at a time. Shapes: ``(B, T)`` -> ``(B, T, D)``"""
+        return run_groups(partial(self._run, shared), rows, length_groups(rows.lengths))
+
+    def _run(self, shared: Shared | None, rows: Rows) -> Tensor:
         input_ids, segments, attention_mask = rows[:3]
         needs_mask = len(self.tokens) > 1 or bool((segments == SUFFIX).any())
         if shared is None:
@@ -145,7 +156,10 @@ class AppendPass:
 
 
 class StagedPass:
-    """Prefix by the base without gradient, GEM tokens with the LoRA, suffix by the base from the GEM tokens' cache."""
+    """Prefix by the base without gradient, GEM tokens with the LoRA, suffix by the base from the GEM tokens' cache.
+
+    Rows of like length are read together; GEM tokens, which are few, are put behind many rows at a time.
+    """
 
     def __init__(self, base: GemBase, facts: BaseFacts, append: AppendPass) -> None:
         self.base = base
@@ -154,6 +168,9 @@ class StagedPass:
 
     def __call__(self, rows: Rows, shared: Shared | None = None) -> Tensor:
         """Hidden states of all tokens. Shapes: ``(B, T)`` -> ``(B, T, D)``"""
+        return run_groups(partial(self._run, shared), rows, stage_groups(rows.lengths))
+
+    def _run(self, shared: Shared | None, rows: Rows) -> Tensor:
         input_ids, segments, attention_mask = rows[:3]
         is_prefix = (segments == PREFIX) & attention_mask.bool()
         lengths = is_prefix.sum(dim=1)
@@ -161,7 +178,7 @@ class StagedPass:
         is_prefix = is_prefix[:, :width]
         with torch.no_grad():
             text_ids = input_ids[:, :width].masked_fill(~is_prefix, self.base.text.pad_token_id)
-            text_states, past = self.base.read(text_ids, self.facts.width, shared)
+            text_states, past = self._read(text_ids, lengths, shared)
             past, is_text = self._close_gaps(past, is_prefix)
         gem_states = self.append(past, is_text, lengths)
         states = gem_states.new_zeros((*input_ids.shape, gem_states.shape[-1]))
@@ -171,6 +188,26 @@ class StagedPass:
         if len(with_suffix) == 0:
             return states
         return self._run_suffix(states, with_suffix, input_ids, segments, lengths, past)
+
+    def _read(self, text_ids: Tensor, lengths: Tensor, shared: Shared | None) -> tuple[Tensor, DynamicCache]:
+        """Hidden states, keys and values of prefixes, read in groups of like length and put together.
+
+        Shapes: ``(B, P)``, ``(B,)`` -> ``(B, P, D)`` and the cache
+        """
+        groups = length_groups(lengths)
+        if len(groups) <= 1:
+            return self.base.read(text_ids, self.facts.width, shared)
+        whole: list[Tensor] = []
+        for index in groups:
+            width = int(lengths[index[0]])
+            states, past = self.base.read(text_ids[index, :width], self.facts.width, shared)
+            # Tokens last but one, as keys and values have them.
+            parts = [states, *(tensor for layer in tensors_of(past) for tensor in layer)]
+            if not whole:  # the longest rows come first
+                whole = [part.new_zeros((len(text_ids), *part.shape[1:])) for part in parts]
+            for target, part in zip(whole, parts, strict=False):  # rows without a token have neither key nor value
+                target[index, ..., :width, :] = part
+        return whole[0], cache_of(zip(whole[1::2], whole[2::2], strict=True))
 
     def _run_suffix(
         self, states: Tensor, rows: Tensor, input_ids: Tensor, segments: Tensor, lengths: Tensor, past: DynamicCache
@@ -231,6 +268,81 @@ def check_append(base: GemBase, append: AppendPass) -> None:
             'LoRA, others by lora_kwargs={"target_modules": [...]}.'
         ) from error
     require_finite(states)
+
+
+def run_groups(run: Callable[[Rows], Tensor], rows: Rows, groups: list[Tensor]) -> Tensor:
+    """Run some of the rows at a time, each group cut to its longest row, which comes first.
+
+    Args:
+        run: Rows to hidden states. Shapes: ``(B', T')`` -> ``(B', T', D)``
+        rows: All of them.
+        groups: Indices of each group's rows. Shapes: ``(B',)``
+
+    Returns:
+        Hidden states, zeros where a group has no place. Shape: ``(B, T, D)``
+    """
+    if len(groups) <= 1:
+        return run(rows)
+    lengths = rows.lengths
+    states: Tensor | None = None
+    for index in groups:
+        width = int(lengths[index[0]])
+        part = run(rows.take(index, width))
+        if states is None:
+            states = part.new_zeros((*rows.input_ids.shape, part.shape[-1]))
+        states[index, :width] = part
+    assert states is not None  # there are two groups or more
+    return states
+
+
+def length_groups(lengths: Tensor) -> list[Tensor]:
+    """Rows that go through the backbone together.
+
+    Sharded training (FSDP, DeepSpeed) needs as many passes on every process, hence one group there.
+    Shapes: ``(B,)`` -> ``(B_i,)``
+    """
+    if get_world_size() > 1:
+        return []
+    return length_buckets(lengths, GROUP_COST.get(lengths.device.type, 2048))
+
+
+def stage_groups(lengths: Tensor) -> list[Tensor]:
+    """Rows behind which GEM tokens are put together: as many as STAGE_TOKENS has places for, longest rows first.
+
+    Shapes: ``(B,)`` -> ``(B_i,)``
+    """
+    if get_world_size() > 1:
+        return []
+    order = lengths.argsort(descending=True, stable=True)
+    starts: list[int] = []
+    longest = int(lengths.max())
+    for index, length in enumerate(lengths[order].tolist()):
+        num_rows = index - (starts[-1] if starts else 0)
+        if num_rows and (num_rows + 1) * longest > STAGE_TOKENS:
+            starts.append(index)
+            longest = length
+    return list(order.tensor_split(starts))
+
+
+def length_buckets(lengths: Tensor, cost: int) -> list[Tensor]:
+    """Group rows of like length, so that each group is padded to its own longest row.
+
+    Args:
+        lengths: Tokens in each row. Shape: ``(B,)``
+        cost: Padding tokens that one more group is worth; a row starts a new group where it would exceed them.
+
+    Returns:
+        Row indices of each group, longest rows first. Shapes: ``(B_i,)``
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    ordered = lengths[order].tolist()
+    starts, longest, padding = [], ordered[0], 0
+    for index, length in enumerate(ordered):
+        padding += longest - length
+        if padding > cost:
+            starts.append(index)
+            longest, padding = length, 0
+    return list(order.tensor_split(starts))
 
 
 def pack_texts(lengths: Tensor, width: int) -> Tensor:

@@ -10,10 +10,9 @@ import torch
 from gem_st import GemLoss, gem_attention_mask
 from gem_st.losses.objective import RowObjective
 from gem_st.losses.rows import split_rows
-from gem_st.modeling import gem_embedder, gem_mask, gem_passes
-from gem_st.modeling.gem_embedder import length_buckets
+from gem_st.modeling import gem_mask, gem_passes
 from gem_st.modeling.gem_mask import GEM, PREFIX, SUFFIX, gem_position_ids, gem_segments
-from gem_st.modeling.gem_passes import PackedPass, pack_texts
+from gem_st.modeling.gem_passes import PackedPass, length_buckets, pack_texts
 from gem_st.modeling.gem_tokens import pool_gem_tokens
 
 from ..conftest import CORPUS
@@ -231,7 +230,7 @@ def test_groups_of_like_length_give_the_states_of_one_batch(make_model, monkeypa
     states, passes = [], []
     model[0].model.model.register_forward_hook(lambda *_: passes.append(1))
     for cost, num_passes in ((10**6, 1), (0, 3)):
-        monkeypatch.setitem(gem_embedder.BUCKET_COST, "cpu", cost)
+        monkeypatch.setitem(gem_passes.GROUP_COST, "cpu", cost)
         with torch.no_grad():
             states.append(model(dict(features))["token_embeddings"])
         assert len(passes) == num_passes
@@ -289,7 +288,7 @@ def test_packed_texts_have_the_states_and_gradients_they_have_alone(make_model, 
     monkeypatch.setattr(PackedPass, "__call__", lambda *args: calls.append(1) or run(*args))
     for padding in (10**9, 0):
         monkeypatch.setattr(gem_passes, "PACKED_PADDING", padding)
-        monkeypatch.setitem(gem_embedder.BUCKET_COST, "cpu", padding)
+        monkeypatch.setitem(gem_passes.GROUP_COST, "cpu", padding)
         model.zero_grad()
         features = loss.collate(rows)
         output = model({**features, "objective": RowObjective(features.pop("labels"))})
