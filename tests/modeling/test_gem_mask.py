@@ -240,6 +240,40 @@ def test_groups_of_like_length_give_the_states_of_one_batch(make_model, monkeypa
     torch.testing.assert_close(grouped[real], one_batch[real], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_gem_tokens_are_put_behind_groups_of_all_lengths_at_once(make_model, monkeypatch, architecture):
+    model = make_model(architecture, num_gem_tokens=2, freeze_base=True).eval()
+    gem = model[0]
+    with torch.no_grad():
+        for name, weight in gem.adapter_model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    texts = ["", "It rained.", "She bought bread. " * 8, "A letter came.", "They walked along. " * 8]
+    rows = [model.preprocess([text])["input_ids"][0] for text in texts]
+    rows[1], rows[2] = torch.cat([rows[1], rows[3][:4]]), torch.cat([rows[2], rows[4][:9]])  # with a suffix
+    features = gem.pad(rows, padding_side="right")
+    reads, stages, states = [], [], []
+    gem.model.model.register_forward_hook(lambda *_: reads.append(1))
+    gem.adapter_model.model.register_forward_hook(lambda *_: stages.append(1))
+    for cost, places, num_reads, num_stages in ((10**6, 10**6, 2, 1), (0, 10**6, 5, 1), (0, 60, 6, 3)):
+        monkeypatch.setitem(gem_passes.GROUP_COST, "cpu", cost)
+        monkeypatch.setattr(gem_passes, "STAGE_TOKENS", places)
+        with torch.no_grad():
+            states.append(model(dict(features))["token_embeddings"])
+        assert (len(reads), len(stages)) == (num_reads, num_stages)
+        reads.clear()
+        stages.clear()
+    real = features["attention_mask"].bool()
+    for grouped in states[1:]:
+        torch.testing.assert_close(grouped[real], states[0][real], atol=1e-5, rtol=1e-4)
+
+
+def test_rows_are_staged_together_while_there_are_places(monkeypatch):
+    monkeypatch.setattr(gem_passes, "STAGE_TOKENS", 20)
+    groups = gem_passes.stage_groups(torch.tensor([3, 10, 2, 9, 30]))
+    assert [group.tolist() for group in groups] == [[4], [1, 3], [0, 2]]
+
+
 def test_pooling_means_or_concatenates_the_gem_states():
     states = torch.arange(12.0).view(1, 6, 2)
     segments = torch.tensor([[P, P, G, G, S, S]])
