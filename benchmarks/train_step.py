@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from gem_st import GemLoss, GemTransformer
 from gem_st.losses import find_same_texts, info_nce, text_keys
 from gem_st.losses.rows import split_rows
-from gem_st.modeling import gem_passes
+from gem_st.modeling import gem_groups
 from gem_st.modeling.gem_mask import Rows, gem_segments
 from gem_st.modeling.gem_passes import CausalPass
 from gem_st.modeling.gem_tokens import pool_gem_tokens
@@ -95,7 +95,7 @@ def grouped_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
 
 def padded_loss(loss: GemLoss, texts: list[Tensor]) -> Tensor:
     """Ours without packing and groups, as in training of several processes before there was packing."""
-    with patch.object(loss._gem[0].embedder, "packed", None), patch.dict(gem_passes.GROUP_COST, cpu=10**9):
+    with patch.object(loss._gem[0].embedder, "packed", None), patch.dict(gem_groups.GROUP_COST, cpu=10**9):
         return our_loss(loss, texts)
 
 

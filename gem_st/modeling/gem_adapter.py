@@ -7,9 +7,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .gem_base import GemBase
 
@@ -27,6 +31,10 @@ def import_peft() -> Any:
         raise ImportError("A LoRA needs PEFT: pip install peft")
     with _OneLineForPeft():
         return importlib.import_module("peft")
+
+
+_places: ContextVar[tuple[torch.Size, Tensor | slice] | None] = ContextVar("places", default=None)
+"""Where a LoRA acts in a gated model, for whoever runs it, and no other thread: B and T, and tokens of ``B * T``"""
 
 
 class _OneLineForPeft:
@@ -89,6 +97,66 @@ def add_lora(model: Any, config: Any) -> Any:
     return model
 
 
+class GatedLinear(nn.Module):
+    """A linear layer to which a LoRA is added at the tokens that :func:`lora_only_at` names.
+
+    Args:
+        lora: PEFT's layer, whose weights are used as they are then.
+    """
+
+    def __init__(self, lora: Any) -> None:
+        super().__init__()
+        self.lora = lora
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Shapes: ``(B, T, D)`` -> ``(B, T, D')``
+
+        Raises:
+            ValueError: If the inputs are not one for each token, as those of a mixture's experts.
+        """
+        lora = self.lora
+        shape, places = _places.get() or ((), slice(0))
+        if inputs.shape[:-1] != shape or lora.merged:
+            raise ValueError(f"A LoRA cannot tell the tokens of inputs of shape {tuple(inputs.shape)}.")
+        outputs = lora.base_layer(inputs)
+        flat, chosen = outputs.flatten(0, 1), inputs.flatten(0, 1)[places]
+        for name in () if lora.disable_adapters else lora.active_adapters:
+            if name not in lora.lora_A:
+                continue
+            first, second = lora.lora_A[name].weight, lora.lora_B[name].weight
+            product = chosen.to(first.dtype) @ first.T
+            flat[places] = torch.addmm(flat[places].to(first.dtype), product, second.T, alpha=lora.scaling[name])
+        return flat.view_as(outputs)
+
+
+@contextmanager
+def lora_only_at(places: Tensor) -> Iterator[None]:
+    """Context in which the LoRA of a gated model acts on some of the tokens. Shape: ``(B, T)``"""
+    index = places.flatten().nonzero()[:, 0]
+    first, last = int(index[0]), int(index[-1])
+    is_run = last - first + 1 == len(index)  # as in a single text: no copy of what is chosen
+    before = _places.set((places.shape, slice(first, last + 1) if is_run else index))
+    try:
+        yield
+    finally:
+        _places.reset(before)
+
+
+def gate_lora(model: Any) -> Any:
+    """A model of the same layers and weights whose LoRA acts where it is told to by :func:`lora_only_at`.
+
+    Raises:
+        ValueError: If a layer with an adapter is more than a product that is added to a linear layer.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    kind = importlib.import_module("peft.tuners.lora").Linear
+    for layer in layers:
+        has_bias = any(product.bias is not None for product in layer.lora_B.values())
+        if type(layer) is not kind or layer.lora_variant or has_bias:
+            raise ValueError(f"{type(layer).__name__} is more than a product of two matrices.")
+    return share_weights(model, {layer: GatedLinear(layer) for layer in layers})
+
+
 def lora_options(base: GemBase, rank: int | None, options: dict[str, Any] | None) -> dict[str, Any]:
     """Options of the LoRA beside a frozen base: rank 8 and a factor of 8 on all linear layers, unless given.
 
@@ -122,15 +190,20 @@ def cast_trainable(model: nn.Module) -> None:
             weight.data = weight.data.float()
 
 
-def share_weights(model: Any) -> Any:
+def share_weights(model: Any, replaced: Mapping[nn.Module, nn.Module] | None = None) -> Any:
     """A second model made of the same layers and weights, to which adapters can be added without touching the first.
 
     Modules that hold modules are copied; those at the leaves, all parameters and the configurations are shared, so
     that no memory is spent and moving or casting one moves or casts both.
+
+    Args:
+        model: The first.
+        replaced: Modules of it, and what the second has in their place.
     """
     shared: list[Any] = [model.config, model.config.get_text_config(), model.generation_config, *model.parameters()]
     shared += [module for module in model.modules() if not any(module.children())]
-    return copy.deepcopy(model, {id(part): part for part in shared})
+    others = {id(module): other for module, other in (replaced or {}).items()}
+    return copy.deepcopy(model, {id(part): part for part in shared} | others)
 
 
 def check_sharding(model: Any) -> None:

@@ -12,8 +12,9 @@ from transformers.cache_utils import DynamicCache
 
 from .gem_base import GemBase
 from .gem_cache import GemCache, GemMemory, tensors_of
+from .gem_groups import run_groups
 from .gem_mask import GEM, PREFIX, Rows
-from .gem_passes import AppendPass, PackedPass, Pass, Shared, run_groups
+from .gem_passes import AppendPass, GatedPass, PackedPass, Pass, Shared
 from .gem_probes import BaseFacts
 from .gem_tokens import GemTokens
 
@@ -31,6 +32,7 @@ class Embedder:
         whole: The pass for whole rows.
         append: The pass for GEM tokens behind a cache.
         packed: The pass for short texts in training, if there is one.
+        gated: The pass for few tokens, if there is one.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Embedder:
         whole: Pass,
         append: AppendPass,
         packed: PackedPass | None = None,
+        gated: GatedPass | None = None,
     ) -> None:
         self.base = base
         self.facts = facts
@@ -48,6 +51,7 @@ class Embedder:
         self.whole = whole
         self.append = append
         self.packed = packed
+        self.gated = gated
 
     def prepare_for_training(self) -> None:
         """Find out what takes a run of the model, before its weights may be sharded."""
@@ -67,12 +71,14 @@ class Embedder:
         return self.tokens.pool(self.states(rows), rows.segments)
 
     def states(self, rows: Rows) -> Tensor:
-        """Run rows through the model, packed in training. Shapes: ``(B, T)`` -> ``(B, T, D)``, zeros at some padding
+        """Run rows through the model, by the first pass that takes them; some padding is zeros.
 
         Rows beyond the limit of "longrope", and the others, are not run together.
+        Shapes: ``(B, T)`` -> ``(B, T, D)``
         """
-        if self.packed is not None and self.packed.takes(rows):
-            return self.packed(rows)
+        for special in (self.packed, self.gated):
+            if special is not None and special.takes(rows):
+                return special(rows)
         shared = self.read_shared_prefix(rows)
         order = rows.lengths.argsort(descending=True, stable=True)
         num_far = int((rows.lengths > self.base.rope_limit).sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -10,11 +9,12 @@ import torch
 from sentence_transformers.util import get_world_size
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
+from .gem_adapter import gate_lora, lora_only_at
 from .gem_base import Evaluating, GemBase, run_backbone
 from .gem_cache import cache_of, expand_rows, take_tokens, tensors_of
+from .gem_groups import length_groups, pack_texts, run_groups, stage_groups
 from .gem_mask import GEM, PREFIX, SUFFIX, Rows, gem_attention_mask, gem_position_ids
 from .gem_probes import REFUSALS, BaseFacts, is_same, require_finite
 from .gem_tokens import GemTokens
@@ -25,11 +25,8 @@ Shared = tuple[Tensor, DynamicCache]
 PACKED_PADDING = 128
 """Padding tokens that have to be saved for a batch to be packed."""
 
-GROUP_COST = {"cpu": 128}
-"""Padding tokens worth one more pass through the backbone, by device type; 2,048 on accelerators."""
-
-STAGE_TOKENS = 8192
-"""Places of keys and values, padding included, behind which GEM tokens are put in one go."""
+GATED_TOKENS = {"cpu": 128}
+"""Places of a batch for which two stages cost more than a LoRA that is computed for all of them, by device type."""
 
 
 class Pass(Protocol):
@@ -155,6 +152,56 @@ class AppendPass:
         )
 
 
+class GatedPass:
+    """Few rows beside a frozen base in one pass, in which the LoRA acts on GEM tokens only.
+
+    A pass over a few tokens costs as much as reading the weights, so that the second stage would double it.
+    """
+
+    def __init__(self, append: AppendPass, base: GemBase) -> None:
+        self.append = append
+        self.base = base
+        self.gated: Any = None
+        self.gated_of: Any = None
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """Hidden states of all tokens of rows without a suffix. Shapes: ``(B, T)`` -> ``(B, T, D)``"""
+        input_ids, segments, attention_mask = rows[:3]
+        is_gem = segments == GEM
+        text_ids = input_ids.masked_fill(is_gem | ~attention_mask.bool(), self.base.text.pad_token_id)
+        embeddings = self.base.model.get_input_embeddings()(text_ids)
+        gem_rows = self.append.tokens.rows.to(embeddings.dtype).expand(len(input_ids), -1, -1)
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings.masked_scatter(is_gem[..., None], gem_rows)}
+        if len(self.append.tokens) > 1:
+            config = self.base.model.config
+            inputs["attention_mask"] = gem_attention_mask(config, segments, attention_mask, embeddings.dtype)
+            inputs["position_ids"] = gem_position_ids(segments, attention_mask)
+        with lora_only_at(is_gem):
+            return run_backbone(self.gated, **inputs)
+
+    def takes(self, rows: Rows) -> bool:
+        """True for few tokens without a suffix, outside training, where the LoRA can be told on what to act."""
+        num_places = GATED_TOKENS.get(rows.input_ids.device.type, 0)
+        if rows.input_ids.numel() > num_places or torch.is_grad_enabled() or get_world_size() > 1:
+            return False
+        return not self.append.model.training and not bool((rows.segments == SUFFIX).any()) and self._works()
+
+    def _works(self) -> bool:
+        """Build the gated model, and run it on a few tokens; again when the adapter is another."""
+        model = self.append.model
+        adapters = [model, *model.peft_config]
+        if self.gated_of != adapters:
+            self.gated_of, self.gated = adapters, None
+            try:
+                self.gated = gate_lora(model)
+                ids = self.base.probe(0, 1, *self.append.tokens.ids)
+                with Evaluating(model):
+                    self(Rows.of(ids, torch.ones_like(ids), self.append.tokens.ids))
+            except REFUSALS:
+                self.gated = None
+        return self.gated is not None
+
+
 class StagedPass:
     """Prefix by the base without gradient, GEM tokens with the LoRA, suffix by the base from the GEM tokens' cache.
 
@@ -268,102 +315,3 @@ def check_append(base: GemBase, append: AppendPass) -> None:
             'LoRA, others by lora_kwargs={"target_modules": [...]}.'
         ) from error
     require_finite(states)
-
-
-def run_groups(run: Callable[[Rows], Tensor], rows: Rows, groups: list[Tensor]) -> Tensor:
-    """Run some of the rows at a time, each group cut to its longest row, which comes first.
-
-    Args:
-        run: Rows to hidden states. Shapes: ``(B', T')`` -> ``(B', T', D)``
-        rows: All of them.
-        groups: Indices of each group's rows. Shapes: ``(B',)``
-
-    Returns:
-        Hidden states, zeros where a group has no place. Shape: ``(B, T, D)``
-    """
-    if len(groups) <= 1:
-        return run(rows)
-    lengths = rows.lengths
-    states: Tensor | None = None
-    for index in groups:
-        width = int(lengths[index[0]])
-        part = run(rows.take(index, width))
-        if states is None:
-            states = part.new_zeros((*rows.input_ids.shape, part.shape[-1]))
-        states[index, :width] = part
-    assert states is not None  # there are two groups or more
-    return states
-
-
-def length_groups(lengths: Tensor) -> list[Tensor]:
-    """Rows that go through the backbone together.
-
-    Sharded training (FSDP, DeepSpeed) needs as many passes on every process, hence one group there.
-    Shapes: ``(B,)`` -> ``(B_i,)``
-    """
-    if get_world_size() > 1:
-        return []
-    return length_buckets(lengths, GROUP_COST.get(lengths.device.type, 2048))
-
-
-def stage_groups(lengths: Tensor) -> list[Tensor]:
-    """Rows behind which GEM tokens are put together: as many as STAGE_TOKENS has places for, longest rows first.
-
-    Shapes: ``(B,)`` -> ``(B_i,)``
-    """
-    if get_world_size() > 1:
-        return []
-    order = lengths.argsort(descending=True, stable=True)
-    starts: list[int] = []
-    longest = int(lengths.max())
-    for index, length in enumerate(lengths[order].tolist()):
-        num_rows = index - (starts[-1] if starts else 0)
-        if num_rows and (num_rows + 1) * longest > STAGE_TOKENS:
-            starts.append(index)
-            longest = length
-    return list(order.tensor_split(starts))
-
-
-def length_buckets(lengths: Tensor, cost: int) -> list[Tensor]:
-    """Group rows of like length, so that each group is padded to its own longest row.
-
-    Args:
-        lengths: Tokens in each row. Shape: ``(B,)``
-        cost: Padding tokens that one more group is worth; a row starts a new group where it would exceed them.
-
-    Returns:
-        Row indices of each group, longest rows first. Shapes: ``(B_i,)``
-    """
-    order = lengths.argsort(descending=True, stable=True)
-    ordered = lengths[order].tolist()
-    starts, longest, padding = [], ordered[0], 0
-    for index, length in enumerate(ordered):
-        padding += longest - length
-        if padding > cost:
-            starts.append(index)
-            longest, padding = length, 0
-    return list(order.tensor_split(starts))
-
-
-def pack_texts(lengths: Tensor, width: int) -> Tensor:
-    """Put short texts into one row each of no more than ``width`` tokens, the longest first, where they fit first.
-
-    Args:
-        lengths: Tokens in each text, which is a right-padded row of ``width`` places. Shape: ``(B,)``
-        width: T.
-
-    Returns:
-        For each place of a packed row the index of its token among all ``B * T``, or -1. Shape: ``(rows, at most T)``
-    """
-    rows: list[list[Tensor]] = []
-    room: list[int] = []
-    sizes = lengths.tolist()
-    for text in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        length = sizes[text]
-        row = next((row for row, left in enumerate(room) if left >= length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max(sizes))
-        rows[row].append(torch.arange(text * width, text * width + length))
-        room[row] -= length
-    return pad_sequence([torch.cat(row) for row in rows], batch_first=True, padding_value=-1).to(lengths.device)

@@ -52,7 +52,7 @@ from .gem_generator import Generator, Reader
 from .gem_language import LanguageMethods
 from .gem_mask import Rows
 from .gem_parts import max_length_of
-from .gem_passes import AppendPass, CausalPass, PackedPass, StagedPass, check_append
+from .gem_passes import AppendPass, CausalPass, GatedPass, PackedPass, StagedPass, check_append
 from .gem_probes import probe_base
 from .gem_settings import (
     CONFIG_FILE,
@@ -182,8 +182,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             self._freeze()
         append = AppendPass(self.gem_model, self.gem_tokens)
         whole = StagedPass(base, facts, append) if freeze_base else CausalPass(base, self.gem_tokens)
-        packed = None if freeze_base else PackedPass(base)
-        self.embedder = Embedder(base, facts, self.gem_tokens, whole, append, packed)
+        special = (None, GatedPass(append, base)) if freeze_base else (PackedPass(base), None)
+        self.embedder = Embedder(base, facts, self.gem_tokens, whole, append, *special)
         self.reader = Reader(base, facts)
         self.generator = Generator(base, self.reader, self.gem_tokens, [] if freeze_base else ids)
 

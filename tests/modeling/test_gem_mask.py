@@ -10,9 +10,10 @@ import torch
 from gem_st import GemLoss, gem_attention_mask
 from gem_st.losses.objective import RowObjective
 from gem_st.losses.rows import split_rows
-from gem_st.modeling import gem_mask, gem_passes
+from gem_st.modeling import gem_groups, gem_mask, gem_passes
+from gem_st.modeling.gem_groups import length_buckets, pack_texts
 from gem_st.modeling.gem_mask import GEM, PREFIX, SUFFIX, gem_position_ids, gem_segments
-from gem_st.modeling.gem_passes import PackedPass, length_buckets, pack_texts
+from gem_st.modeling.gem_passes import PackedPass
 from gem_st.modeling.gem_tokens import pool_gem_tokens
 
 from ..conftest import CORPUS
@@ -230,7 +231,7 @@ def test_groups_of_like_length_give_the_states_of_one_batch(make_model, monkeypa
     states, passes = [], []
     model[0].model.model.register_forward_hook(lambda *_: passes.append(1))
     for cost, num_passes in ((10**6, 1), (0, 3)):
-        monkeypatch.setitem(gem_passes.GROUP_COST, "cpu", cost)
+        monkeypatch.setitem(gem_groups.GROUP_COST, "cpu", cost)
         with torch.no_grad():
             states.append(model(dict(features))["token_embeddings"])
         assert len(passes) == num_passes
@@ -256,8 +257,8 @@ def test_gem_tokens_are_put_behind_groups_of_all_lengths_at_once(make_model, mon
     gem.model.model.register_forward_hook(lambda *_: reads.append(1))
     gem.adapter_model.model.register_forward_hook(lambda *_: stages.append(1))
     for cost, places, num_reads, num_stages in ((10**6, 10**6, 2, 1), (0, 10**6, 5, 1), (0, 60, 6, 3)):
-        monkeypatch.setitem(gem_passes.GROUP_COST, "cpu", cost)
-        monkeypatch.setattr(gem_passes, "STAGE_TOKENS", places)
+        monkeypatch.setitem(gem_groups.GROUP_COST, "cpu", cost)
+        monkeypatch.setattr(gem_groups, "STAGE_TOKENS", places)
         with torch.no_grad():
             states.append(model(dict(features))["token_embeddings"])
         assert (len(reads), len(stages)) == (num_reads, num_stages)
@@ -269,8 +270,8 @@ def test_gem_tokens_are_put_behind_groups_of_all_lengths_at_once(make_model, mon
 
 
 def test_rows_are_staged_together_while_there_are_places(monkeypatch):
-    monkeypatch.setattr(gem_passes, "STAGE_TOKENS", 20)
-    groups = gem_passes.stage_groups(torch.tensor([3, 10, 2, 9, 30]))
+    monkeypatch.setattr(gem_groups, "STAGE_TOKENS", 20)
+    groups = gem_groups.stage_groups(torch.tensor([3, 10, 2, 9, 30]))
     assert [group.tolist() for group in groups] == [[4], [1, 3], [0, 2]]
 
 
@@ -322,7 +323,7 @@ def test_packed_texts_have_the_states_and_gradients_they_have_alone(make_model, 
     monkeypatch.setattr(PackedPass, "__call__", lambda *args: calls.append(1) or run(*args))
     for padding in (10**9, 0):
         monkeypatch.setattr(gem_passes, "PACKED_PADDING", padding)
-        monkeypatch.setitem(gem_passes.GROUP_COST, "cpu", padding)
+        monkeypatch.setitem(gem_groups.GROUP_COST, "cpu", padding)
         model.zero_grad()
         features = loss.collate(rows)
         output = model({**features, "objective": RowObjective(features.pop("labels"))})
