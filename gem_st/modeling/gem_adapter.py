@@ -125,7 +125,8 @@ class GatedLinear(nn.Module):
                 continue
             first, second = lora.lora_A[name].weight, lora.lora_B[name].weight
             product = chosen.to(first.dtype) @ first.T
-            flat[places] = torch.addmm(flat[places].to(first.dtype), product, second.T, alpha=lora.scaling[name])
+            added = torch.addmm(flat[places].to(first.dtype), product, second.T, alpha=lora.scaling[name])
+            flat[places] = added.to(flat.dtype)
         return flat.view_as(outputs)
 
 
