@@ -62,12 +62,13 @@ def probe_base(base: GemBase, name: str) -> BaseFacts:
         FloatingPointError: If its hidden states are not finite.
     """
     _check_runs(base, name)
+    width, num_positions = _check_is_causal(base, name)
     return BaseFacts(
-        width=_check_is_causal(base, name),
+        width=width,
         can_cache=_reads_in_parts(base),
         has_window=_has_window(base.config),
         model_type=base.model.config.model_type,
-        num_positions=_count_positions(base),
+        num_positions=num_positions,
     )
 
 
@@ -89,18 +90,29 @@ def _check_runs(base: GemBase, name: str) -> None:
 
 
 @torch.no_grad()
-def _check_is_causal(base: GemBase, name: str) -> int:
-    """Change the last token of a row: nothing before it may move. Gives the width of the hidden states."""
+def _check_is_causal(base: GemBase, name: str) -> tuple[int, float]:
+    """Change the last token of a row: nothing before it may move.
+
+    Returns:
+        Width of the hidden states, and the number of places for which there is a row: of a table in which neighbours
+        look up neighbouring rows.
+    """
     if base.attention not in MASKED_ATTENTION:
-        return int(base.config.hidden_size)  # FlashAttention runs on GPUs, and the model may still be on its way there
-    with Evaluating(base.model):
-        states = [base.states(base.probe(0, 1, last)) for last in (2, 3)]
-    if not is_same(states[0][:, :2], states[1][:, :2]):
+        # FlashAttention runs on GPUs, and the model may still be on its way there.
+        return int(base.config.hidden_size), math.inf
+    with Evaluating(base.model), _Lookups() as lookups:
+        states = base.states(torch.cat([base.probe(0, 1, last) for last in (3, 5)]))
+    if not is_same(states[0, :2], states[1, :2]):
         raise ValueError(
             f"{name} ({base.model.config.model_type}) is not causal: a token sees the tokens after "
             "it, as in encoder-only models. GEM needs a decoder-only language model, e.g. Llama, Qwen or GPT-Neo."
         )
-    return states[0].shape[-1]
+    places = [
+        float(num_rows - int(ids.min()))
+        for ids, num_rows in lookups.seen
+        if ids.numel() and ids.shape[-1] == 3 and num_rows > 3 and bool((ids.diff() == 1).all())
+    ]
+    return states.shape[-1], min(places, default=math.inf)
 
 
 def require_attention_mask(base: GemBase, shares_positions: bool) -> None:
@@ -142,11 +154,12 @@ def _obeys_attention_mask(base: GemBase, shares_positions: bool) -> bool:
     segments = base.probe(PREFIX, GEM, GEM)
     real = torch.ones_like(segments)
     with Evaluating(base.model):
-        masked = [base.states(base.probe(0, i, 3), segments, real)[0, -1] for i in (1, 2)]
+        ids = torch.cat([base.probe(0, 1, 3), base.probe(0, 2, 3)])
+        masked = base.states(ids, segments.repeat(2, 1), real.repeat(2, 1))[:, -1]
         if not is_same(*masked) or not shares_positions:
             return is_same(*masked)
-        positions = (base.probe(0, 1, 2), base.probe(0, 1, 5))
-        moved = [base.run(input_ids=base.probe(0, 1, 3), position_ids=p) for p in positions]
+        positions = torch.cat([base.probe(0, 1, 2), base.probe(0, 1, 5)])
+        moved = base.run(input_ids=ids[:1].repeat(2, 1), position_ids=positions)
     return not is_same(*moved)
 
 
@@ -185,21 +198,6 @@ class _Lookups(TorchFunctionMode):
             if isinstance(ids, Tensor) and args[0].ndim:
                 self.seen.append((ids, len(args[0])))
         return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def _count_positions(base: GemBase) -> float:
-    """Places for which there is a row: of a table in which neighbours look up neighbouring rows."""
-    if base.attention not in MASKED_ATTENTION:
-        return math.inf
-    with Evaluating(base.model), _Lookups() as lookups:
-        base.states(base.probe(0, 1, 3))
-    found = [
-        float(num_rows - int(ids.min()))
-        for ids, num_rows in lookups.seen
-        if ids.numel() == 3 and num_rows > 3 and bool((ids.flatten().diff() == 1).all())
-    ]
-    return min(found, default=math.inf)
 
 
 def _has_window(config: Any) -> bool:

@@ -179,7 +179,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         if writes_rows:
             write_gem_rows(base, ids, source)
         if freeze_base:
-            self._freeze()
+            self._freeze(is_new=not saved)
         append = AppendPass(self.gem_model, self.gem_tokens)
         whole = StagedPass(base, facts, append) if freeze_base else CausalPass(base, self.gem_tokens)
         special = (None, GatedPass(append, base)) if freeze_base else (PackedPass(base), None)
@@ -200,15 +200,17 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         # `SentenceTransformer.add_adapter` ends up here.
         self.model.add_adapter = partial(add_adapter_with_gem_rows, self.model, None if freeze_base else ids)
 
-    def _freeze(self) -> None:
+    def _freeze(self, is_new: bool) -> None:
         """Freeze the model; beside it, make GEM embeddings, and a second model of the same weights for a LoRA."""
         check_sharding(self.model)
         self.model.requires_grad_(False)
         self.model.eval()
         self.adapter_model = share_weights(self.model)
         embeddings = self.model.get_input_embeddings()
-        num_used = min(max(self.tokenizer.get_vocab().values()) + 1, len(embeddings.weight))
-        rows = draw_gem_rows(embeddings(torch.arange(num_used, device=self.model.device)), self.num_gem_tokens)
+        rows = torch.zeros(self.num_gem_tokens, embeddings.weight.shape[1])  # to be loaded
+        if is_new:
+            num_used = min(max(self.tokenizer.get_vocab().values()) + 1, len(embeddings.weight))
+            rows = draw_gem_rows(embeddings(torch.arange(num_used, device=self.model.device)), self.num_gem_tokens)
         self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
 
     def get_config_dict(self) -> dict[str, Any]:
