@@ -155,8 +155,8 @@ class GemBase:
         """Raise if the tokenizer, or GEM tokens that the weights should hold, need more rows than there are."""
         num_rows = self.model.get_input_embeddings().weight.shape[0]
         tokenizer = self.text.tokenizer
-        # A padding token is never read.
-        last_id = max(row for token, row in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
+        padding = tokenizer.pad_token  # never read
+        last_id = max(row for token, row in tokenizer.get_vocab().items() if token != padding)
         if last_id >= num_rows:
             raise ValueError(
                 f"The tokenizer of {model_name_or_path} produces ids up to {last_id}, but the model has only "
