@@ -182,9 +182,12 @@ class GatedPass:
     def takes(self, rows: Rows) -> bool:
         """True for few tokens without a suffix, outside training, where the LoRA can be told on what to act."""
         num_places = GATED_TOKENS.get(rows.input_ids.device.type, 0)
-        if rows.input_ids.numel() > num_places or torch.is_grad_enabled() or get_world_size() > 1:
+        is_small = rows.input_ids.numel() <= num_places and int(rows.lengths.max()) <= self.base.rope_limit
+        if not is_small or torch.is_grad_enabled() or self.append.model.training or get_world_size() > 1:
             return False
-        return not self.append.model.training and not bool((rows.segments == SUFFIX).any()) and self._works()
+        counts = (rows.segments == GEM).sum(dim=1)
+        is_complete = bool((counts == len(self.append.tokens)).all()) and not bool((rows.segments == SUFFIX).any())
+        return is_complete and self.base.attention in ("eager", "sdpa") and self._works()
 
     def _works(self) -> bool:
         """Build the gated model, and run it on a few tokens; again when the adapter is another."""

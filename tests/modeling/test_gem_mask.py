@@ -282,11 +282,12 @@ def test_pooling_means_or_concatenates_the_gem_states():
     assert pool_gem_tokens(states, segments, 2, "concat").tolist() == [[4.0, 5.0, 6.0, 7.0]]
 
 
-def test_rows_without_their_gem_tokens_are_refused(make_model):
-    model = make_model(num_gem_tokens=2)
+@pytest.mark.parametrize("freeze_base", [False, True])
+def test_rows_without_their_gem_tokens_are_refused(make_model, freeze_base):
+    model = make_model(num_gem_tokens=2, freeze_base=freeze_base).eval()
     features = model.preprocess(["It rained.", "They walked along the river."])
     cut = {key: value[:, :-1] for key, value in features.items()}
-    with pytest.raises(ValueError, match=r"exactly 2 GEM token\(s\).*hold \[2, 1\]"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"exactly 2 GEM token\(s\).*hold \[2, 1\]"):
         model(cut)
 
 
