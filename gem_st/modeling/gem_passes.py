@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
-from .gem_adapter import gate_lora, lora_only_at
+from .gem_adapter import gate_lora, lora_only_at, modules_of
 from .gem_base import Evaluating, GemBase, run_backbone
 from .gem_cache import cache_of, expand_rows, take_tokens, tensors_of
 from .gem_groups import length_groups, pack_texts, run_groups, stage_groups
@@ -161,11 +161,14 @@ class GatedPass:
     def __init__(self, append: AppendPass, base: GemBase) -> None:
         self.append = append
         self.base = base
-        self.gated: Any = None
-        self.gated_of: Any = None
+        self.made: tuple[list[Any], Any] = ([], None)
+        """The modules that a gated model was made of, and it, or None if none could be made."""
 
     def __call__(self, rows: Rows) -> Tensor:
         """Hidden states of all tokens of rows without a suffix. Shapes: ``(B, T)`` -> ``(B, T, D)``"""
+        return self._run(self.made[1], rows)
+
+    def _run(self, gated: Any, rows: Rows) -> Tensor:
         input_ids, segments, attention_mask = rows[:3]
         is_gem = segments == GEM
         text_ids = input_ids.masked_fill(is_gem | ~attention_mask.bool(), self.base.text.pad_token_id)
@@ -177,7 +180,7 @@ class GatedPass:
             inputs["attention_mask"] = gem_attention_mask(config, segments, attention_mask, embeddings.dtype)
             inputs["position_ids"] = gem_position_ids(segments, attention_mask)
         with lora_only_at(is_gem):
-            return run_backbone(self.gated, **inputs)
+            return run_backbone(gated, **inputs)
 
     def takes(self, rows: Rows) -> bool:
         """True for few tokens without a suffix, outside training, where the LoRA can be told on what to act."""
@@ -190,19 +193,21 @@ class GatedPass:
         return is_complete and self.base.attention in ("eager", "sdpa") and self._works()
 
     def _works(self) -> bool:
-        """Build the gated model, and run it on a few tokens; again when the adapter is another."""
-        model = self.append.model
-        adapters = [model, *model.peft_config]
-        if self.gated_of != adapters:
-            self.gated_of, self.gated = adapters, None
+        """Make the gated model, and run it on a few tokens; again when somebody put in, or took out, a module."""
+        base, model = self.base.model, self.append.model
+        modules = [*modules_of(base), *modules_of(model)]
+        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+            return False  # whoever watches the two models sees two stages
+        if self.made[0] != modules:
+            gated = None
             try:
-                self.gated = gate_lora(model)
+                gated = gate_lora(base, model)
                 ids = self.base.probe(0, 1, *self.append.tokens.ids)
-                with Evaluating(model):
-                    self(Rows.of(ids, torch.ones_like(ids), self.append.tokens.ids))
+                self._run(gated, Rows.of(ids, torch.ones_like(ids), self.append.tokens.ids))
             except REFUSALS:
-                self.gated = None
-        return self.gated is not None
+                gated = None
+            self.made = modules, gated  # in one step, as other threads may be reading
+        return self.made[1] is not None
 
 
 class StagedPass:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from sentence_transformers import SentenceTransformer
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gem_st import GemTransformer
 from gem_st.modeling import gem_passes
-from gem_st.modeling.gem_adapter import inject_adapter
+from gem_st.modeling.gem_adapter import inject_adapter, share_weights
 from gem_st.modeling.gem_passes import AppendPass, GatedPass
 
 from ..conftest import SIZES, build_tokenizer
@@ -138,6 +138,103 @@ def test_what_is_done_to_the_adapter_meanwhile_is_seen(make_model):
     for layer in layers:
         layer.set_adapter([name for name in ("default", "other") if name in layer.lora_A])
     torch.testing.assert_close(encode_gated(model, TEXTS), encode_staged(model, TEXTS), atol=1e-5, rtol=1e-5)
+
+
+def modules_to_save(gem):
+    with torch.no_grad():
+        for name, weight in gem.named_parameters():
+            if "modules_to_save" in name:
+                weight.add_(torch.randn_like(weight) * 0.3)
+
+
+def replace_adapter(gem):
+    for layer in gem.adapter_model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.delete_adapter("default")
+    del gem.adapter_model.peft_config["default"]
+    config = LoraConfig(target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+    inject_adapter(gem.adapter_model, config, "default")
+
+
+def unload_adapter(gem):
+    for module in list(gem.adapter_model.modules()):
+        for name, child in list(module.named_children()):
+            if hasattr(child, "lora_A"):
+                setattr(module, name, child.base_layer)
+
+
+def add_other_tuner(gem):
+    config = IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+    )
+    inject_adapter(gem.adapter_model, config, "ia3")
+
+
+def drop_layers(gem):
+    gem.adapter_model.model.layers = gem.adapter_model.model.layers[:1]
+
+
+def take_another_base(gem):
+    gem.model = type(gem.model)(gem.model.config).eval()
+
+
+def take_a_model_without_an_adapter(gem):
+    gem.adapter_model = share_weights(gem.model)
+
+
+def merge(gem):
+    for layer in gem.adapter_model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.merge()
+
+
+def hook_base(gem):
+    gem.model.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
+def hook_adapter(gem):
+    layer = gem.adapter_model.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda module, inputs, output: output * 3)
+
+
+CHANGES = [replace_adapter, unload_adapter, add_other_tuner, drop_layers, take_another_base]
+CHANGES += [take_a_model_without_an_adapter, merge, hook_base, hook_adapter]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_whatever_is_put_in_or_taken_out_afterwards_is_seen(make_model, change):
+    model = make_model(freeze_base=True, lora_kwargs={"target_modules": ["q_proj", "up_proj"]})
+    before = encode_gated(model, TEXTS)
+    torch.manual_seed(1)
+    change(model[0])
+    gated = encode_gated(model, TEXTS)
+    assert (gated - before).abs().max() > 1e-4
+    torch.testing.assert_close(gated, encode_staged(model, TEXTS), atol=1e-5, rtol=1e-5)
+
+
+def test_modules_that_are_trained_beside_the_lora_stay_in_two_stages(make_model, passes):
+    model = make_model(freeze_base=True, lora_kwargs={"modules_to_save": ["input_layernorm"]})
+    modules_to_save(model[0])
+    passes.clear()
+    encode_gated(model, TEXTS)
+    assert set(passes) == {"AppendPass"}
+
+
+def test_threads_that_are_the_first_to_ask_get_vectors(make_model, tmp_path):
+    config = OPTConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(tmp_path)  # its layers see tokens without their rows: refused
+    build_tokenizer().save_pretrained(tmp_path)
+    for base in (str(tmp_path), None):
+        gem = GemTransformer(base, freeze_base=True) if base else make_model(freeze_base=True)[0]
+        model = SentenceTransformer(modules=[gem], device="cpu")
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda _, model=model: model.encode("It rained.", convert_to_tensor=True), range(12)))
+        for vector in found:
+            torch.testing.assert_close(vector, encode_staged(model, "It rained."), atol=1e-5, rtol=1e-5)
 
 
 def test_copies_and_pickles_embed_by_their_own_weights(make_model):
