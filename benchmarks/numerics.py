@@ -10,6 +10,8 @@ and at worst. Texts of 3 to 200 words.
 from __future__ import annotations
 
 import argparse
+import json
+import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from encode_speed import EXAMPLES, build_texts
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from gem_st import GemTransformer, hub
 from gem_st.training.measures import describe_versions
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
 FAMILIES = {
     "llama": {},
@@ -156,13 +158,25 @@ def print_table(rows: dict[str, Difference]) -> None:
     print(flush=True)
 
 
+def build_texts(num: int) -> list[str]:
+    """Texts of 3 to 200 words."""
+    lines = (EXAMPLES / "data" / "passages.jsonl").read_text(encoding="utf-8").splitlines()
+    words = " ".join(json.loads(line)["text"] for line in lines).split()
+    draw, texts = random.Random(0), []
+    for _ in range(num):
+        length = int(3 * (200 / 3) ** draw.random())
+        start = draw.randrange(len(words) - length)
+        texts.append(" ".join(words[start : start + length]))
+    return texts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id of a GEM checkpoint")
     parser.add_argument("--num", type=int, default=128)
     args = parser.parse_args()
 
-    texts = build_texts(args.num)["mixed, 3 to 200 words"]
+    texts = build_texts(args.num)
     if args.model:
         print(f"{args.model}\n")
         print_table(differences(args.model, texts, can_be_stock=False))
