@@ -1,7 +1,7 @@
 """One training step of GemLoss against the obvious way to write it, and against one forward pass: time, and memory.
 
     python benchmarks/train_step.py speed --base examples/base-8m --texts examples/data/train.txt
-    python benchmarks/train_step.py floor --base smollm2-135m-instruct --batch-size 64 --length 48
+    python benchmarks/train_step.py floor --base random-narrow --batch-size 64 --length 48
     python benchmarks/train_step.py memory
 
 The obvious way runs plain rows for next-token prediction, rows with GEM tokens for their embeddings and what is behind
@@ -24,7 +24,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from encode_speed import resolve
+from encode_speed import find_base
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -159,14 +159,14 @@ def measure_speed(args: argparse.Namespace) -> dict:
     return result
 
 
-def measure_floor(args: argparse.Namespace) -> dict:
+def measure_floor(args: argparse.Namespace, base: str) -> dict:
     """A step of both modes over one forward pass of the backbone on as many tokens, without padding and gradient."""
     lines = [line for line in Path(args.texts).read_text(encoding="utf-8").splitlines() if line.strip()]
     result = {}
     for mode, freeze_base in (("frozen", True), ("full", False)):
         for num_gem_tokens in (1, 4):
             gem = GemTransformer(
-                str(resolve(args.base)),
+                base,
                 num_gem_tokens=num_gem_tokens,
                 freeze_base=freeze_base,
                 max_seq_length=args.length,
@@ -300,8 +300,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "peak":
         return measure_peak(args)
-    measures = {"speed": measure_speed, "floor": measure_floor, "memory": measure_memory}
-    result = measures[args.what](args)
+    if args.what == "floor":
+        with tempfile.TemporaryDirectory() as scratch:
+            result = measure_floor(args, find_base(args.base, scratch))
+    else:
+        result = measure_speed(args) if args.what == "speed" else measure_memory(args)
     settings = {"base": args.base, "dtype": args.dtype, "threads": torch.get_num_threads()}
     print(json.dumps({"settings": settings, "result": result, "versions": describe_versions()}))
 
