@@ -186,7 +186,7 @@ class GatedPass:
         """True for few tokens without a suffix, outside training, where the LoRA can be told on what to act."""
         num_places = GATED_TOKENS.get(rows.input_ids.device.type, 0)
         is_small = rows.input_ids.numel() <= num_places and int(rows.lengths.max()) <= self.base.rope_limit
-        if not is_small or torch.is_grad_enabled() or self.append.model.training or get_world_size() > 1:
+        if not is_small or torch.is_grad_enabled() or get_world_size() > 1:
             return False
         counts = (rows.segments == GEM).sum(dim=1)
         is_complete = bool((counts == len(self.append.tokens)).all()) and not bool((rows.segments == SUFFIX).any())
@@ -196,8 +196,8 @@ class GatedPass:
         """Make the gated model, and run it on a few tokens; again when somebody put in, or took out, a module."""
         base, model = self.base.model, self.append.model
         modules = [*modules_of(base), *modules_of(model)]
-        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
-            return False  # whoever watches the two models sees two stages
+        if any(map(_is_watched, modules)):
+            return False
         if self.made[0] != modules:
             gated = None
             try:
@@ -208,6 +208,12 @@ class GatedPass:
                 gated = None
             self.made = modules, gated  # in one step, as other threads may be reading
         return self.made[1] is not None
+
+
+def _is_watched(module: Any) -> bool:
+    """True for a module that draws, as dropout does in training, or that somebody hooked into, for two stages."""
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(module.training or is_hooked)
 
 
 class StagedPass:

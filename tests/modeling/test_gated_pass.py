@@ -197,8 +197,13 @@ def hook_adapter(gem):
     layer.register_forward_hook(lambda module, inputs, output: output * 3)
 
 
+def patch_layer(gem):
+    layer = gem.model.model.layers[0]
+    layer.forward = lambda *args, run=layer.forward, **kwargs: run(*args, **kwargs) * 1.5
+
+
 CHANGES = [replace_adapter, unload_adapter, add_other_tuner, drop_layers, take_another_base]
-CHANGES += [take_a_model_without_an_adapter, merge, hook_base, hook_adapter]
+CHANGES += [take_a_model_without_an_adapter, merge, hook_base, hook_adapter, patch_layer]
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -211,6 +216,20 @@ def test_whatever_is_put_in_or_taken_out_afterwards_is_seen(make_model, change):
     gated = encode_gated(model, TEXTS)
     assert (gated - before).abs().max() > 1e-4
     torch.testing.assert_close(gated, encode_staged(model, TEXTS), atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_that_is_on_stays_in_two_stages(make_model, passes):
+    model = make_model(freeze_base=True, lora_kwargs={"lora_dropout": 0.5})
+    features = model.preprocess(TEXTS[1:3])
+    assert any(module.training for module in model[0].adapter_model.modules())  # until somebody calls `eval`
+    passes.clear()
+    with torch.no_grad():
+        model(dict(features))
+    assert set(passes) == {"AppendPass"}
+    passes.clear()
+    with torch.no_grad():
+        model.eval()(dict(features))
+    assert set(passes) == {"GatedPass"}
 
 
 def test_modules_that_are_trained_beside_the_lora_stay_in_two_stages(make_model, passes):
