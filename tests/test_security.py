@@ -65,18 +65,9 @@ def test_nothing_reaches_out(path):
 def test_what_travels_imports_what_it_needs_only(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     needed = {"torch", "transformers", "sentence_transformers", "safetensors", "peft", "accelerate", "deepspeed"}
-    standard = {
-        "__future__",
-        "collections",
-        "contextlib",
-        "contextvars",
-        "copy",
-        "dataclasses",
-        "functools",
-        "hashlib",
-        "importlib",
-    }
+    standard = {"__future__", "collections", "contextlib", "copy", "dataclasses", "functools", "hashlib", "importlib"}
     standard |= {
+        "contextvars",
         "inspect",
         "itertools",
         "json",

@@ -80,12 +80,11 @@ class Embedder:
             if special is not None and special.takes(rows):
                 return special(rows)
         shared = self.read_shared_prefix(rows)
-        order = rows.lengths.argsort(descending=True, stable=True)
-        num_far = int((rows.lengths > self.base.rope_limit).sum())
-        is_one = get_world_size() > 1 or num_far in (0, len(order))
-        return run_groups(
-            partial(self.whole, shared=shared), rows, [] if is_one else [order[:num_far], order[num_far:]]
-        )
+        lengths = rows.lengths
+        num_far = int((lengths > self.base.rope_limit).sum())
+        parts = lengths.argsort(descending=True, stable=True).tensor_split([num_far])
+        groups = [part for part in parts if len(part)] if get_world_size() == 1 else []
+        return run_groups(partial(self.whole, shared=shared), rows, groups)
 
     def read_shared_prefix(self, rows: Rows) -> Shared | None:
         """Run the tokens that all rows start with, such as an instruction, once for all of them, where that pays."""

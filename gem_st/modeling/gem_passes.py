@@ -26,7 +26,7 @@ PACKED_PADDING = 128
 """Padding tokens that have to be saved for a batch to be packed."""
 
 GATED_TOKENS = {"cpu": 128}
-"""Places of a batch for which two stages cost more than a LoRA that is computed for all of them, by device type."""
+"""Places of a batch up to which two stages cost more than one pass, by device type; not measured on accelerators."""
 
 
 class Pass(Protocol):

@@ -245,10 +245,6 @@ def test_groups_of_like_length_give_the_states_of_one_batch(make_model, monkeypa
 def test_gem_tokens_are_put_behind_groups_of_all_lengths_at_once(make_model, monkeypatch, architecture):
     model = make_model(architecture, num_gem_tokens=2, freeze_base=True).eval()
     gem = model[0]
-    with torch.no_grad():
-        for name, weight in gem.adapter_model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.1)
     texts = ["", "It rained.", "She bought bread. " * 8, "A letter came.", "They walked along. " * 8]
     rows = [model.preprocess([text])["input_ids"][0] for text in texts]
     rows[1], rows[2] = torch.cat([rows[1], rows[3][:4]]), torch.cat([rows[2], rows[4][:9]])  # with a suffix
