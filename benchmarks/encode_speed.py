@@ -10,7 +10,8 @@ tokenizer, 2,048 tokens at a time in rows as long as the texts are on average. B
 folders, Hub ids, `random-135m` and `random-1b`, random Llamas of those shapes, and `random-narrow`, half as wide: in
 float32 products take about the share of its time that they take of `random-135m` in bfloat16. `stock` pools the last
 token and `mean` all of them, which is what GritLM and LLM2Vec compute; `echo` reads texts twice; `all-minilm-l6-v2` is
-an embedder of 22 million parameters.
+an embedder of 22 million parameters. Other `--ways`: `gritlm`, that package (pip install --no-deps gritlm) on the same
+base, and any way of Sentence Transformers with ` compiled` behind it, after `model.compile(dynamic=True)`.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 GEM = {"full K=1": (False, 1), "full K=4": (False, 4), "frozen K=1": (True, 1), "frozen K=4": (True, 4)}
 PEERS = {"stock": "lasttoken", "mean": "mean", "echo": "echo"}
 EMBEDDER = "all-minilm-l6-v2"
+COMPILED = " compiled"
 FLOOR_TOKENS = 2048
 NOT_SETTINGS = ("results", "table", "only", "rounds")
 
@@ -119,20 +121,43 @@ def run_floor(backbone: Any, num_tokens: int, length: int) -> None:
             backbone(input_ids=ids[: max(1, left // length), : min(length, left)], use_cache=False)
 
 
-def load_ways(args: argparse.Namespace, base: str) -> tuple[dict[str, SentenceTransformer], Any]:
-    """Ways to embed, and the bare backbone."""
-    kwargs: dict[str, Any] = {"model_kwargs": {"dtype": args.dtype}}
-    models = {name: build_baseline(kind, base, **kwargs) for name, kind in PEERS.items() if name in args.ways}
-    for name, (freeze_base, num_gem_tokens) in GEM.items():
-        if name in args.ways:
-            gem = GemTransformer(base, num_gem_tokens=num_gem_tokens, freeze_base=freeze_base, **kwargs)
-            models[name] = SentenceTransformer(modules=[gem])
-    if EMBEDDER in args.ways:
-        models[EMBEDDER] = SentenceTransformer(str(resolve(EMBEDDER)), device="cpu", **kwargs)
-    return models, AutoModel.from_pretrained(base, dtype=args.dtype).eval()
+class Grit:
+    """GritLM's own `encode`, with the arguments of Sentence Transformers."""
+
+    def __init__(self, base: str, dtype: str) -> None:
+        from gritlm import GritLM
+
+        self.model = GritLM(base, mode="embedding", device="cpu", dtype=dtype)
+
+    def encode(self, texts: list[str], prompt: str | None, batch_size: int) -> Any:
+        return self.model.encode(texts, instruction=prompt or "", batch_size=batch_size, max_length=1024)
 
 
-def measure(name: str, args: argparse.Namespace, models: dict[str, SentenceTransformer], backbone: Any) -> dict:
+def load(way: str, base: str, dtype: str) -> Any:
+    """What embeds in one of the ways."""
+    kwargs: dict[str, Any] = {"model_kwargs": {"dtype": dtype}}
+    if way.endswith(COMPILED):
+        model = load(way.removesuffix(COMPILED), base, dtype)
+        model.compile(dynamic=True)
+        return model
+    if way == "gritlm":
+        return Grit(base, dtype)
+    if way in PEERS:
+        return build_baseline(PEERS[way], base, **kwargs).to("cpu")
+    if way == EMBEDDER:
+        return SentenceTransformer(str(resolve(EMBEDDER)), device="cpu", **kwargs)
+    freeze_base, num_gem_tokens = GEM[way]
+    torch.manual_seed(0)
+    gem = GemTransformer(base, num_gem_tokens=num_gem_tokens, freeze_base=freeze_base, **kwargs)
+    return SentenceTransformer(modules=[gem], device="cpu")
+
+
+def count_gem_tokens(way: str) -> int:
+    """K of a way; 1 of others, which end in a token as well."""
+    return GEM.get(way.removesuffix(COMPILED), (False, 1))[1]
+
+
+def measure(name: str, args: argparse.Namespace, models: dict[str, Any], backbone: Any) -> dict:
     """Seconds of each round by way, and what they are to stock and to the floor."""
     texts = Texts(AutoTokenizer.from_pretrained(backbone.config._name_or_path))
     sample, prompt = texts.make(name, args.num)
@@ -140,7 +165,7 @@ def measure(name: str, args: argparse.Namespace, models: dict[str, SentenceTrans
     ways: dict[str, Callable[[], object]] = {}
     for way, model in models.items():
         ways[way] = partial(model.encode, sample, prompt=prompt, batch_size=args.batch_size)
-    for num_gem_tokens in sorted({GEM[way][1] for way in models if way in GEM} | {1}):
+    for num_gem_tokens in sorted({count_gem_tokens(way) for way in models}):
         total = num_tokens + num_gem_tokens * len(sample)
         ways[f"floor K={num_gem_tokens}"] = partial(run_floor, backbone, total, round(total / len(sample)))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -159,7 +184,7 @@ def measure(name: str, args: argparse.Namespace, models: dict[str, SentenceTrans
 
     result: dict[str, Any] = {"tokens": num_tokens, "texts": len(sample)}
     result["seconds"] = {way: round(statistics.median(values), 4) for way, values in seconds.items()}
-    result["of floor"] = {way: ratio(f"floor K={GEM.get(way, (0, 1))[1]}", way) for way in models}
+    result["of floor"] = {way: ratio(f"floor K={count_gem_tokens(way)}", way) for way in models}
     result["times stock"] = {way: ratio("stock", way) for way in models if "stock" in models}
     result["times echo"] = {way: ratio("echo", way) for way in models if "echo" in models}
     return result
@@ -196,7 +221,9 @@ def main() -> None:
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        models, backbone = load_ways(args, find_base(args.base, scratch))
+        base = find_base(args.base, scratch)
+        models = {way: load(way, base, args.dtype) for way in args.ways}
+        backbone = AutoModel.from_pretrained(base, dtype=args.dtype).eval()
         for name in args.only:
             result = measure(name, args, models, backbone)
             line = {"settings": {**settings, "texts": name}, "result": result, "versions": describe_versions()}

@@ -46,7 +46,7 @@ def next_token_loss(hidden_states: Tensor, labels: Tensor, lm_head: nn.Module, c
         return _token_losses(states, targets, lm_head, config).mean()
     is_exact = states.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
     if is_exact and hasattr(F, "linear_cross_entropy") and type(lm_head) is nn.Linear and _plain_logits(config):
-        options = nn.LinearCrossEntropyOptions()
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, LOGITS_BUDGET // weight.shape[0]))
         return F.linear_cross_entropy(states, weight, targets, linear_bias=lm_head.bias, options=options)
     num_chunks = math.ceil(num_logits / LOGITS_BUDGET)
     losses = [

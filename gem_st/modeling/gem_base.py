@@ -215,8 +215,10 @@ def run_backbone(model: Any, past: DynamicCache | None = None, **inputs: Any) ->
 
 def output_logits(states: Tensor, lm_head: nn.Module, config: Any) -> Tensor:
     """The language model's logits, with the factors and the cap of its config. Shapes: ``(N, D)`` -> ``(N, V)``"""
-    logits = lm_head(states).float() * (getattr(config, "logit_scale", None) or 1.0)
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    logits = lm_head(states).float()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    if scale != 1:  # of as many elements as the vocabulary has rows, which a factor of 1 would copy
+        logits = logits * scale
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
     return logits
