@@ -33,6 +33,7 @@ from .gem_adapter import (
     import_peft,
     keep_quantized_weights,
     lora_options,
+    modules_of,
     share_weights,
 )
 from .gem_base import Evaluating, GemBase, WithAdvice
@@ -233,7 +234,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         """Set training mode; a frozen base stays in evaluation mode, so that what it computes never changes."""
         if not mode:
             Evaluating.stay(self)
-            if not any(module.training for module in self.modules()):
+            if not any(module.training for module in modules_of(self)):
                 return self  # `encode` asks for it on every call, and switching every module takes a while
         super().train(mode)
         if self.freeze_base:
