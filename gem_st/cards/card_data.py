@@ -116,13 +116,13 @@ class GemModelCardData(SentenceTransformerModelCardData):
         """What the template knows as ``gem``."""
         gem, model = require_gem(self.model), self.model
         assert model is not None
-        mode = gem.mode
+        mode, names = gem.mode, [f"`{name}`" for name in gem.gem_token_names or ()]
         num_trained = sum(p.numel() for p in gem.parameters() if p.requires_grad) - gem.logit_scale.numel()
         letters, mask = draw_mask(min(gem.num_gem_tokens, 4))
         citations = {"GEM": CITATION, **{name: text for name, text in self.citations.items() if text != CITATION}}
         return {
             **gem.settings(),
-            "source": SOURCES[gem.gem_token_source],
+            "source": f"rows of {', '.join(names)}" if names else SOURCES[gem.gem_token_source],
             "dtype": _other_dtype(gem, mode),
             "version": __version__,
             "mode": mode,

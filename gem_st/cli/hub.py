@@ -16,6 +16,7 @@ class Format(str, Enum):
 
     gem = "gem"
     stock = "stock"
+    alora = "alora"
 
 
 @app.command()
@@ -23,8 +24,13 @@ def export(
     model: Source,
     path: Annotated[Path, typer.Argument(help="Folder to write; new, or empty.")],
     format: Annotated[
-        Format, typer.Option(help="gem: for every model. stock: no remote code, for K = 1 in full mode.")
+        Format,
+        typer.Option(
+            help="gem: for every model. stock: no remote code, for K = 1 in full mode. alora: what llama.cpp loads "
+            "beside --gguf, for K = 1 beside a frozen base."
+        ),
     ] = Format.gem,
+    gguf: Annotated[Path | None, typer.Option(help="GGUF file of the base, for --format alora.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA on every token into the weights first.")] = False,
     dtype: Annotated[str, typer.Option(help="Data type to load in, e.g. float32.")] = "auto",
     revision: Revision = None,
@@ -51,10 +57,9 @@ def export(
             from ..training.lora import merge_lora
 
             merge_lora(loaded)
-        folder = hub.export(loaded, path, format=format.value)
-    print_result(
-        {"path": str(folder), "format": format.value}, as_json, f"Written to {folder}. Check it: gem-st verify {folder}"
-    )
+        folder = hub.export(loaded, path, format=format.value, gguf=gguf)
+    then = f"How to serve it: {folder}/README.md" if gguf else f"Check it: gem-st verify {folder}"
+    print_result({"path": str(folder), "format": format.value}, as_json, f"Written to {folder}. {then}")
 
 
 @app.command()

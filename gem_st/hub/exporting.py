@@ -21,11 +21,14 @@ from .._version import __version__
 from ..cards.card_data import render_card
 from ..files import hash_file, write_json
 from ..finding import require_gem
+from .gguf_adapter import check_activated, save_activated
 from .layout import CARD, FORMATS, REFERENCE_FILES, REFERENCE_PROMPT, REFERENCE_TEXTS, list_files
 from .stock import check_stock, save_stock
 
 
-def export(model: SentenceTransformer, path: str | Path, *, format: str = "gem") -> Path:
+def export(
+    model: SentenceTransformer, path: str | Path, *, format: str = "gem", gguf: str | Path | None = None
+) -> Path:
     """Write a checkpoint with reference vectors in it, so that :func:`verify` can tell whether it still gives them.
 
     Args:
@@ -34,22 +37,34 @@ def export(model: SentenceTransformer, path: str | Path, *, format: str = "gem")
         format: ``"gem"``, what ``save_pretrained`` writes, for every model; or ``"stock"``, for K = 1 in full mode: a
             checkpoint of Sentence Transformers' own modules that needs no remote code. Its root is a plain generator
             with a clean tokenizer, its folder ``embedding`` a checkpoint by itself, for serving engines, whose
-            tokenizer appends the GEM token; the weights are one file under two names.
+            tokenizer appends the GEM token; the weights are one file under two names. ``"alora"``, for K = 1 beside a
+            frozen base whose GEM token is an existing one: a file that llama.cpp loads beside the base's own GGUF.
+        gguf: That GGUF file, for ``"alora"``.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the model is not a GEM model, or cannot be written in this format.
+        ImportError: If ``"alora"`` needs the `gguf` package, and it is not installed.
+        ValueError: If the model is not a GEM model or cannot be written in this format, or ``gguf`` is another base's.
         FileExistsError: If the folder holds files.
         OSError: If it cannot be written, e.g. to a full disk; nothing is left then.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}.")
     gem = require_gem(model)
+    if (format == "alora") != (gguf is not None):
+        raise ValueError(
+            f'format="alora" needs gguf=, the file of its base, and no other does; got {format!r}, {gguf!r}.'
+        )
     if format == "stock":
         check_stock(model)
+    elif format == "alora":
+        check_activated(gem)
     with _all_or_nothing(Path(path)) as folder, gem.as_saved():
+        if gguf is not None:
+            save_activated(model, Path(gguf), folder)
+            return Path(path)
         if format == "stock":
             save_stock(model, folder, REFERENCE_TEXTS)
         else:

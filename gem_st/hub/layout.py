@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-FORMATS = ("gem", "stock")
+FORMATS = ("gem", "stock", "alora")
 
 REFERENCE_FILES = ("gem_reference.json", "gem_reference.safetensors")
 

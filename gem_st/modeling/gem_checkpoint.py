@@ -43,6 +43,7 @@ ST_CONFIG, MODEL_CONFIG = "config_sentence_transformers.json", "config.json"
 PART = "gem_part."
 """Begins the names of folders that a checkpoint is written to, before it is moved to its place."""
 
+GEM_ROWS = "gem_rows.safetensors"
 MODULE = {"idx": 0, "name": "0", "path": "", "type": "gem_st.GemTransformer"}
 """This module, as Sentence Transformers writes it to ``modules.json``."""
 
@@ -327,11 +328,15 @@ def _save_adapter(gem: Any, folder: Path, fingerprint: dict[str, str | None]) ->
     config.inference_mode = True
     if isinstance(config.target_modules, set):  # which json would write in another order each time
         config.target_modules = sorted(config.target_modules)
+    is_activated = gem.gem_tokens.names is not None and gem.num_gem_tokens == 1
+    if is_activated:  # which other readers of PEFT's format know: a LoRA that acts from a token on
+        config.alora_invocation_tokens, config.task_type = gem.gem_tokens.row_ids, "CAUSAL_LM"
     config.save_pretrained(folder)
     matrices = [] if gem.freeze_base else gem.base.vocabulary_matrices()
     rows = [gem.gem_embeddings] if gem.freeze_base else [matrix[gem.gem_token_ids] for matrix in matrices]
-    named = {f"gem_rows.{index}": row.detach().contiguous() for index, row in enumerate(rows)}
-    save_file(named, folder / "gem_rows.safetensors", metadata={"format": "pt"})
+    named = {f"gem_rows.{index}": row.detach().contiguous() for index, row in enumerate(rows) if row is not None}
+    if named:
+        save_file(named, folder / GEM_ROWS, metadata={"format": "pt"})
     _write_json(folder / "base_fingerprint.json", fingerprint)
     if not gem.save_base and is_local(gem.base_model_name_or_path):
         logger.warning(
@@ -347,23 +352,24 @@ def load_adapter(gem: Any, model_name_or_path: str, hub_kwargs: dict[str, Any]) 
         ValueError: If a file is missing, or the base is another one.
     """
     subfolder = str(Path(hub_kwargs.get("subfolder") or "", ADAPTER_FOLDER))
-    names = ("adapter_config.json", "adapter_model.safetensors", "gem_rows.safetensors", "base_fingerprint.json")
+    names = ["adapter_config.json", "adapter_model.safetensors", "base_fingerprint.json"]
+    names += [GEM_ROWS] if gem.gem_tokens.names is None else []
     paths = [cached_file(model_name_or_path, name, **{**hub_kwargs, "subfolder": subfolder}) for name in names]
-    saved = json.loads(Path(str(paths[-1])).read_text(encoding="utf-8"))
+    saved = json.loads(Path(str(paths[2])).read_text(encoding="utf-8"))
     if different := [key for key, value in saved.items() if value != gem.source.fingerprint[key]]:
         raise ValueError(
             f"{model_name_or_path} was trained on another base than {gem.source.folder}: {' and '.join(different)} "
             f"differ. It needs {gem.base_model_name_or_path or 'the base it was saved with'}, unchanged."
         )
-    rows = load_file(str(paths[2]))
+    rows = load_file(str(paths[3])) if len(paths) > 3 else {}
     with torch.no_grad():
-        if gem.freeze_base:
+        if gem.gem_embeddings is not None:
             gem.gem_embeddings.copy_(rows["gem_rows.0"])
-        else:
-            for index, weight in enumerate(gem.base.vocabulary_matrices()):
-                weight[gem.gem_token_ids] = rows[f"gem_rows.{index}"].to(weight)
+        for index, weight in enumerate([] if gem.freeze_base else gem.base.vocabulary_matrices()):
+            weight[gem.gem_token_ids] = rows[f"gem_rows.{index}"].to(weight)
     config = import_peft().PeftConfig.from_pretrained(str(Path(str(paths[0])).parent))
     config.inference_mode = False
+    config.alora_invocation_tokens = None  # here it acts on GEM tokens, wherever these are
     model = add_lora(gem.gem_model, config)
     state = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(str(paths[1])).items()}
     expected = import_peft().get_peft_model_state_dict(model, save_embedding_layers=False)

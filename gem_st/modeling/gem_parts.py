@@ -70,7 +70,8 @@ class GemParts(nn.Module):
     Attributes:
         model: The ``*ForCausalLM``.
         adapter_model: Beside a frozen base, a second model of the same weights with a LoRA.
-        gem_embeddings: Beside a frozen base, the embeddings of the GEM tokens. Shape: ``(K, D)``
+        gem_embeddings: Beside a frozen base, the embeddings of the GEM tokens, but for those of existing tokens.
+            Shape: ``(K, D)``
         logit_scale: Log of the factor on cosine similarities in :class:`gem_st.GemLoss`. Shape: ``(1,)``
         base: The model with the codec of its texts.
         facts: What the base can do.
@@ -83,7 +84,7 @@ class GemParts(nn.Module):
 
     model: Any  # a PreTrainedModel with a language-model head; typed loosely, as its methods depend on its class
     adapter_model: Any
-    gem_embeddings: nn.Parameter
+    gem_embeddings: nn.Parameter | None
     logit_scale: nn.Parameter
     base: GemBase
     facts: BaseFacts
@@ -155,6 +156,11 @@ class GemParts(nn.Module):
     def gem_token_source(self) -> str:
         """Where they come from, see :func:`choose_gem_token_ids`."""
         return self.gem_tokens.source
+
+    @property
+    def gem_token_names(self) -> list[str] | None:
+        """Existing tokens whose rows are theirs, beside a frozen base."""
+        return self.gem_tokens.names
 
     @property
     def pooling(self) -> str:

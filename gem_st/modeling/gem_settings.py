@@ -35,6 +35,7 @@ TYPES: dict[str, Any] = {
     "pooling": str,
     "gem_token_ids": list,
     "gem_token_source": str,
+    "gem_token_names": list | None,
     "max_seq_length": int | None,
     "logit_scale": int | float,
     "freeze_base": bool,
@@ -46,11 +47,11 @@ TYPES: dict[str, Any] = {
 """Types of what :data:`CONFIG_FILE` holds."""
 
 
-def check_options(num_gem_tokens: int, pooling: str, has_place_for_lora: bool) -> None:
-    """Raise if an option is out of range."""
-    if not has_place_for_lora:
+def check_options(num_gem_tokens: int, pooling: str, freeze_base: bool, of_frozen: Sequence[Any]) -> None:
+    """Raise if an option is out of range, or one of those is given that only a frozen base has a place for."""
+    if not freeze_base and any(option is not None for option in of_frozen):
         raise ValueError(
-            "lora_rank and lora_kwargs belong to freeze_base=True. For a LoRA on every token, use "
+            "lora_rank, lora_kwargs and gem_tokens belong to freeze_base=True. For a LoRA on every token, use "
             "model.add_adapter(LoraConfig(...)) on the SentenceTransformer."
         )
     if not isinstance(num_gem_tokens, int) or isinstance(num_gem_tokens, bool) or num_gem_tokens < 1:
@@ -60,13 +61,13 @@ def check_options(num_gem_tokens: int, pooling: str, has_place_for_lora: bool) -
 
 
 def check_saved_settings(
-    model_name_or_path: str, saved: dict[str, Any], asked: dict[str, Any], lora: Sequence[Any] = ()
+    model_name_or_path: str, saved: dict[str, Any], asked: dict[str, Any], own: Sequence[Any] = ()
 ) -> None:
-    """Raise if a GEM checkpoint was saved with other settings than are asked for, or it is its LoRA's that are."""
-    if saved and any(option is not None for option in lora):
+    """Raise if a GEM checkpoint was saved with other settings than are asked for, or some are its own business."""
+    if saved and any(option is not None for option in own):
         raise ValueError(
-            f"{model_name_or_path} is a GEM checkpoint, whose LoRA has the settings it was saved with. Leave out "
-            "lora_rank and lora_kwargs."
+            f"{model_name_or_path} is a GEM checkpoint, whose LoRA and GEM tokens are those it was saved with. Leave "
+            "out lora_rank, lora_kwargs and gem_tokens."
         )
     for key, value in asked.items():
         if saved and saved.setdefault(key, False) != value:

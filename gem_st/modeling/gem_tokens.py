@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .gem_base import GemBase, configured_ids
 from .gem_mask import GEM
+from .gem_text import ids_around
 
 POOLING_MODES = ("mean", "concat")
+RESERVED = "reserved"
 RESERVED_TOKEN = re.compile(r"^[<\[>{]\W*(reserved|unused|place.?holder).*\d\W*$", re.IGNORECASE)
 """Names of vocabulary entries set aside by a model's authors, such as ``<|reserved_special_token_9|>``."""
 
@@ -27,14 +29,33 @@ class GemTokens:
         pooling: ``"mean"`` or ``"concat"``.
         base: The base, whose embedding matrix holds their rows.
         holder: The module whose ``gem_embeddings`` are their rows instead, beside a frozen base.
+        names: Tokens of the base's vocabulary whose rows are theirs, beside a frozen base.
+
+    Attributes, beside these:
+        row_ids: Vocabulary rows that their embeddings are, where they are such.
     """
 
-    def __init__(self, ids: list[int], source: str, pooling: str, base: GemBase, holder: Any = None) -> None:
+    def __init__(
+        self,
+        ids: list[int],
+        source: str,
+        pooling: str,
+        base: GemBase,
+        holder: Any = None,
+        names: list[str] | None = None,
+    ) -> None:
         self.ids = ids
         self.source = source
         self.pooling = pooling
         self.base = base
         self.holder = holder
+        self.names = names
+        self.row_ids = ids
+        if names:
+            vocabulary = base.text.tokenizer.get_vocab()
+            if missing := [name for name in names if name not in vocabulary]:
+                raise ValueError(f"The tokenizer lacks {missing}, whose rows the GEM tokens have: it is another one.")
+            self.row_ids = [vocabulary[name] for name in names]
 
     def __len__(self) -> int:
         """K."""
@@ -44,9 +65,9 @@ class GemTokens:
     def rows(self) -> Tensor:
         """Embeddings of the GEM tokens. Shape: ``(K, D)``"""
         model = self.base.model
-        if self.holder is not None:
+        if self.holder is not None and self.names is None:
             return self.holder.gem_embeddings.to(model.dtype)
-        return model.get_input_embeddings()(torch.tensor(self.ids, device=model.device))
+        return model.get_input_embeddings()(torch.tensor(self.row_ids, device=model.device))
 
     def pool(self, hidden_states: Tensor, segments: Tensor) -> Tensor:
         """See :func:`pool_gem_tokens`. Shapes: ``(B, T, D)``, ``(B, T)`` -> ``(B, D)`` or ``(B, K * D)``"""
@@ -59,6 +80,69 @@ def claim_gem_tokens(base: GemBase, num_gem_tokens: int, is_frozen: bool) -> tup
     if is_frozen:
         return list(range(num_rows, num_rows + num_gem_tokens)), "adapter"
     return choose_gem_token_ids(base.text.tokenizer, num_rows, num_gem_tokens, configured_ids(base.model))
+
+
+def find_existing_tokens(base: GemBase, asked: str | Sequence[str] | None, num_gem_tokens: int) -> list[str] | None:
+    """Tokens of a base's vocabulary that can serve as GEM tokens with their rows as they are; None if none are asked.
+
+    Their ids in rows of tokens are others, beyond the vocabulary, so that a text may spell their names.
+
+    Args:
+        base: The base.
+        asked: ``"reserved"``, for those set aside by the model's authors or, where there are too few, other special
+            tokens that nothing uses, last ones first; or the names.
+        num_gem_tokens: K.
+
+    Raises:
+        ValueError: If there are not K, or one is a token that the model, its tokenizer or its chat template uses.
+    """
+    if asked is None:
+        return None
+    free = free_special_tokens(base)
+    if isinstance(asked, str) and asked != RESERVED:
+        raise ValueError(f"gem_tokens is {RESERVED!r} or a list of {num_gem_tokens} tokens, got {asked!r}.")
+    names = free[:num_gem_tokens] if isinstance(asked, str) else [*asked]
+    if not {*names} <= {*free} or not len({*names}) == len(names) == num_gem_tokens:
+        raise ValueError(
+            f"num_gem_tokens={num_gem_tokens} needs as many special tokens that differ, and that neither the model nor "
+            f"its tokenizer nor its chat template uses, but gem_tokens={asked!r} gives {names}. There are {len(free)}: "
+            f"{free[:8]}. Without gem_tokens, rows of their own are trained."
+        )
+    return names
+
+
+def used_tokens(base: GemBase) -> set[str]:
+    """Tokens that a model's configurations, its tokenizer or its chat template give a meaning."""
+    tokenizer: Any = base.text.tokenizer
+    ids = {*configured_ids(base.model), *(row for part in ids_around(base.text.own_tokenizer) for row in part)}
+    template = str(tokenizer.chat_template or "")
+    roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    named = {str(getattr(tokenizer, f"{role}_token", None)) for role in roles}
+    return {name for name, row in tokenizer.get_vocab().items() if row in ids or name in named or name in template}
+
+
+def free_special_tokens(base: GemBase) -> list[str]:
+    """Special tokens that nothing uses and whose rows differ, reserved ones first, and of these the last."""
+    tokenizer, used, rows = base.text.tokenizer, used_tokens(base), base.model.get_input_embeddings().weight
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = [
+        (bool(RESERVED_TOKEN.match(name)), row, name)
+        for name, row in tokenizer.get_vocab().items()
+        if row < len(rows) and name not in used and (name in special or RESERVED_TOKEN.match(name))
+    ]
+    different: dict[bytes, str] = {}  # rows that were never trained may be alike
+    for _, row, name in sorted(found, reverse=True):
+        different.setdefault(rows[row].detach().float().cpu().numpy().tobytes(), name)
+    return [*different.values()]
+
+
+def make_gem_rows(base: GemBase, num_gem_tokens: int, is_new: bool) -> Tensor:
+    """Embeddings of GEM tokens beside a frozen base: drawn, or zeros to be loaded into. Shape: ``(K, D)``"""
+    embeddings, device = base.model.get_input_embeddings(), base.model.device
+    if not is_new:
+        return torch.zeros(num_gem_tokens, embeddings.weight.shape[1], device=device)
+    num_used = min(max(base.text.tokenizer.get_vocab().values()) + 1, len(embeddings.weight))
+    return draw_gem_rows(embeddings(torch.arange(num_used, device=device)), num_gem_tokens).to(device)
 
 
 def write_gem_rows(base: GemBase, ids: list[int], source: str) -> None:

@@ -66,7 +66,7 @@ from .gem_settings import (
     load_settings,
 )
 from .gem_sharding import Gathered, value_of
-from .gem_tokens import GemTokens, claim_gem_tokens, draw_gem_rows, write_gem_rows
+from .gem_tokens import GemTokens, claim_gem_tokens, find_existing_tokens, make_gem_rows, write_gem_rows
 from .gem_weights import check_places
 
 logger = logging.get_logger(__name__)
@@ -89,6 +89,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             computed. Its settings are read from a GEM checkpoint.
         lora_rank: Rank of that LoRA, 8 by default, on all linear layers; its ``lora_alpha`` is 8 times the rank.
         lora_kwargs: Further options of ``peft.LoraConfig``, e.g. ``{"lora_dropout": 0.1}``.
+        gem_tokens: Beside a frozen base, existing tokens whose rows are the GEM tokens', untouched: ``"reserved"``, or
+            K names of special tokens that nothing else uses. By default rows of their own are trained.
         model_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``, e.g. ``{"dtype": torch.float32}``.
         processor_kwargs: Passed to ``AutoTokenizer.from_pretrained``, e.g. ``{"padding_side": "left"}``.
         config_kwargs: Passed to ``AutoConfig.from_pretrained``.
@@ -118,6 +120,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         "max_seq_length",
         "gem_token_ids",
         "gem_token_source",
+        "gem_token_names",
         "freeze_base",
     ]
     save_in_root = True
@@ -132,17 +135,19 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         freeze_base: bool = False,
         lora_rank: int | None = None,
         lora_kwargs: dict[str, Any] | None = None,
+        gem_tokens: str | Sequence[str] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_options(num_gem_tokens, pooling, freeze_base or (lora_rank is None and lora_kwargs is None))
+        of_frozen = lora_rank, lora_kwargs, gem_tokens
+        check_options(num_gem_tokens, pooling, freeze_base, of_frozen)
         self.freeze_base = freeze_base
         hub_kwargs = {key: value for key, value in (model_kwargs or {}).items() if key in HUB_KWARGS}
         saved = load_settings(self.load_config, model_name_or_path, hub_kwargs)
         asked = {"num_gem_tokens": num_gem_tokens, "pooling": pooling, "freeze_base": freeze_base}
-        check_saved_settings(model_name_or_path, saved, asked, (lora_rank, lora_kwargs))
+        check_saved_settings(model_name_or_path, saved, asked, of_frozen)
         self.save_base = saved.get("save_base", True)
         self.save_dtype: torch.dtype | None = None
         has_all_rows = not freeze_base and self.save_base
@@ -152,7 +157,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             {**(kwargs or {}), **found.load_kwargs} for kwargs in (model_kwargs, processor_kwargs, config_kwargs)
         ]
         base = self.base = GemBase.load(found.load_from, *options)
-        self.model = base.model
+        self.model, self.gem_embeddings = base.model, None
         is_asked = any(kwargs.get(name) is not None for kwargs in options for name in ("dtype", "torch_dtype"))
         self._weight_types = WeightTypes(base.model, is_asked)
         self.base_model_name_or_path = found.name
@@ -165,11 +170,10 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         if freeze_base:
             facts.require_cache()
 
-        if saved:
-            ids, source = saved["gem_token_ids"], saved["gem_token_source"]
-        else:
-            ids, source = claim_gem_tokens(base, num_gem_tokens, freeze_base)
-        self.gem_tokens = GemTokens(ids, source, pooling, base, self if freeze_base else None)
+        named: Any = [saved.get(key) for key in ("gem_token_ids", "gem_token_source")]
+        ids, source = named if saved else claim_gem_tokens(base, num_gem_tokens, freeze_base)
+        names = saved.get("gem_token_names") or find_existing_tokens(base, gem_tokens, num_gem_tokens)
+        self.gem_tokens = GemTokens(ids, source, pooling, base, self if freeze_base else None, names)
         base.text.gem_token_ids = frozenset(ids)
         if source == "reserved":
             base.text.hidden_names = tuple(base.text.tokenizer.convert_ids_to_tokens(ids))
@@ -207,12 +211,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         self.model.requires_grad_(False)
         self.model.eval()
         self.adapter_model = share_weights(self.model)
-        embeddings = self.model.get_input_embeddings()
-        rows = torch.zeros(self.num_gem_tokens, embeddings.weight.shape[1])  # to be loaded
-        if is_new:
-            num_used = min(max(self.tokenizer.get_vocab().values()) + 1, len(embeddings.weight))
-            rows = draw_gem_rows(embeddings(torch.arange(num_used, device=self.model.device)), self.num_gem_tokens)
-        self.gem_embeddings = nn.Parameter(rows.to(self.model.device))
+        if self.gem_tokens.names is None:
+            self.gem_embeddings = nn.Parameter(make_gem_rows(self.base, self.num_gem_tokens, is_new))
 
     def get_config_dict(self) -> dict[str, Any]:
         """What two models of one recipe have in common, so that they can be merged."""

@@ -118,6 +118,9 @@ class TrainConfig:
     max_length: Annotated[int | None, "Tokens in a row, GEM tokens included; 512 or the base's context by default."] = (
         None
     )
+    gem_tokens: Annotated[
+        list[str] | None, "Of a frozen base: K special tokens whose rows are taken as they are, or reserved."
+    ] = None
     lora_rank: Annotated[int | None, "Rank of the LoRA; 8 of frozen, 32 of lora and qlora."] = None
     dtype: Annotated[
         str | None,
@@ -435,6 +438,8 @@ def _check_combinations(config: TrainConfig) -> None:
         "streaming needs steps: the length of a stream is not known.": config.streaming and config.steps is None,
         "lora_rank is for the modes frozen, lora and qlora; full trains all weights.": config.mode == "full"
         and config.lora_rank is not None,
+        "gem_tokens are for the mode frozen; others train a row for each GEM token.": config.mode != "frozen"
+        and config.gem_tokens is not None,
         "dtype is set by qlora: 4-bit weights that compute in bfloat16.": config.mode == "qlora" and "dtype" in given,
         f"tasks {config.tasks} are of rows that are not plain, but plain_ratio is 1. Lower it: --plain-ratio 0.5.": (
             bool(config.tasks) and config.plain_ratio == 1

@@ -232,7 +232,8 @@ def estimate_memory(config: TrainConfig, num_columns: int, length: float) -> dic
     num_parameters = model.num_parameters()
     trained = num_parameters
     if config.mode != "full":
-        trained = config.num_gem_tokens * width + sum((config.lora_rank or 0) * sum(shape) for shape in shapes)
+        trained = sum((config.lora_rank or 0) * sum(shape) for shape in shapes)
+        trained += 0 if config.gem_tokens else config.num_gem_tokens * width
 
     flowing, read, targets = count_tokens(config, num_columns, length)
     size = 4 if config.precision == "float32" else 2
