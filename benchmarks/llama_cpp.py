@@ -152,7 +152,7 @@ def measure(name: str, file: Path, folder: Path, model: SentenceTransformer, dat
     off = {"temperature": 0, "max_tokens": 20, "lora": [{"id": 0, "scale": 0}]}
     result: dict[str, Any] = {
         "cosines, least and median": {way: cosines(ours, found) for way, found in vectors.items()},
-        "without the token, median": cosines(ours, server.embed(texts))[1],
+        "without the token, median": cosines(ours[20:], server.embed(texts[20:]))[1],
         "answers equal": {"before": plain == before, "after": plain == after, "during": plain == answers[0]},
         "a chat that spells the token equals the base's": {
             "with the adapter": Server(file).chat(spelled, temperature=0, max_tokens=20)
@@ -204,7 +204,7 @@ def main() -> int:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     checkpoint = args.checkpoint or train(args.base, args.output / "checkpoint", args.steps)
-    model = load(str(checkpoint), model_kwargs={"dtype": "float32"})
+    model = load(str(checkpoint), model_kwargs={"dtype": "float32"}, trust_remote_code=True)
     files = {"q4_1": Path(resolve_gguf(args.base)), "f16": args.output / "f16.gguf"}
     write_float16(files["q4_1"], files["f16"])
     passed = True

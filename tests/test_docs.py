@@ -44,8 +44,9 @@ def test_the_snippets_of_the_readme_run_as_they_stand(make_base, tmp_path, pytho
 def test_the_snippets_of_the_frozen_base_run(make_base, tmp_path, run_python):
     text = (ROOT / "docs" / "frozen_base.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 3
-    (tmp_path / "snippets.py").write_text("\n".join(blocks).replace("meta-llama/Llama-3.2-1B", str(make_base())))
+    assert len(blocks) == 4
+    base = str(make_base(num_reserved=4))
+    (tmp_path / "snippets.py").write_text("\n".join(blocks).replace("meta-llama/Llama-3.2-1B", base))
     run_python("snippets.py")
     assert (tmp_path / "row.safetensors").exists()
 
