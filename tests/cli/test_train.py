@@ -216,6 +216,7 @@ def test_a_file_that_is_not_there(tmp_path):
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
         ({"streaming": True, "steps": None}, "streaming needs steps"),
         ({"lora_rank": 8}, "lora_rank is for the modes frozen, lora and qlora"),
+        ({"gem_tokens": ["reserved"]}, "gem_tokens are for the mode frozen"),
         ({"plain_ratio": 1.0, "tasks": ["continuation"]}, "plain_ratio is 1"),
         ({"mode": "frozen", "ntp_learning_rate": 1e-4}, "set ntp_steps, too"),
         ({"ntp_learning_rate": 1e-4, "ntp_steps": 0}, "set ntp_steps, too"),

@@ -259,5 +259,5 @@ def test_lora_options_that_touch_the_base_are_refused(make_base, options, messag
 
 
 def test_lora_options_without_a_frozen_base_are_refused(make_base):
-    with pytest.raises(ValueError, match="lora_rank and lora_kwargs belong to freeze_base=True"):
+    with pytest.raises(ValueError, match="lora_rank, lora_kwargs and gem_tokens belong to freeze_base=True"):
         GemTransformer(str(make_base()), lora_rank=8)

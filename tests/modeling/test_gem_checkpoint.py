@@ -64,6 +64,7 @@ def test_what_lies_in_a_checkpoint(saved):
         "max_seq_length": 64,
         "gem_token_ids": model[0].gem_token_ids,
         "gem_token_source": "grown",
+        "gem_token_names": None,
         "freeze_base": False,
         "logit_scale": 2.5,
         "save_base": True,

@@ -88,7 +88,7 @@ def test_a_tokenizers_own_length_is_the_models(make_model, tmp_path):
 def test_settings_of_a_checkpoint_are_not_asked_for_otherwise(make_model, tmp_path):
     make_model(freeze_base=True).save_pretrained(str(tmp_path))
     for options in ({"lora_rank": 2}, {"lora_kwargs": {"lora_dropout": 0.1}}):
-        with pytest.raises(ValueError, match="Leave out lora_rank and lora_kwargs"):
+        with pytest.raises(ValueError, match="Leave out lora_rank, lora_kwargs and gem_tokens"):
             GemTransformer(str(tmp_path), freeze_base=True, **options)
     with pytest.raises(ValueError, match=r"\['max_seq_length'\] were given. Set max_seq_length on the model"):
         GemTransformer.load(str(tmp_path), max_seq_length=20)
