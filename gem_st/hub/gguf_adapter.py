@@ -168,7 +168,7 @@ USE = """## Use with llama.cpp
 `{adapter}` goes beside `{base}` (SHA-256 `{sha256}`), which stays as it is: one server answers as before, and embeds.
 
 ```bash
-llama-server -m {base} --lora {adapter} --embeddings --pooling last -c {context} -b {context} -ub {context}
+llama-server -m {base} --lora {adapter} --embeddings --pooling last -b {longest} -ub {longest}
 curl localhost:8080/v1/embeddings -d '{{"input": "The train to the city is late.{token}"}}'
 curl localhost:8080/v1/chat/completions -d '{{"messages": [{{"role": "user", "content": "Where is the train?"}}]}}'
 ```
@@ -211,7 +211,7 @@ def save_activated(model: SentenceTransformer, base_file: Path, folder: Path) ->
         adapter=ADAPTER_FILE,
         base=base_file.name,
         sha256=hash_file(base_file),
-        context=min(gem.max_seq_length, 2048),
+        longest=min(max(gem.max_seq_length, 512), 2048),
         token=token,
         vectors=VECTORS_FILE,
         dtype=dtype,
