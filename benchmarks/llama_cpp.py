@@ -213,6 +213,7 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     checkpoint = args.checkpoint or train(args.base, args.output / "checkpoint", args.steps)
     model = load(str(checkpoint), model_kwargs={"dtype": "float32"}, trust_remote_code=True)
+    model.max_seq_length = CONTEXT  # the server cuts nothing
     files = {"q4_1": Path(resolve_gguf(args.base)), "f16": args.output / "f16.gguf"}
     write_float16(files["q4_1"], files["f16"])
     passed = True

@@ -187,7 +187,8 @@ vectors = [row.embedding for row in result.data]
 - Answers are the base's as long as no message spells `{token}`. Where one may, send chat requests
   with `"lora": [{{"id": 0, "scale": 0}}]`.
 - Compare before you rely on it: up to now llama.cpp's server has the adapter act from one token before the GEM token.
-  Vectors of texts of ten tokens or more are close to ours (cosines of about 0.996), of one or two tokens they are not.
+  Vectors of texts of ten tokens or more are close to ours (cosines of 0.99 or more), of one or two tokens they are not.
+  Send one text a request: in a large one, a text has been seen to get a wrong vector.
 - Ollama's `ADAPTER` line is not for this file: it puts an adapter on every token, so that answers change, and vectors
   are wrong.
 - `{vectors}` holds texts and their vectors as computed in {dtype}; compare with what your server gives.
