@@ -17,6 +17,8 @@ from torch import Tensor
 from ..cards.card_data import render_card
 from ..files import hash_file, write_json
 from ..finding import require_gem
+from ..modeling.gem_adapter import products_in
+from ..modeling.gem_checkpoint import active_adapter
 from ..modeling.gem_tokens import RESERVED
 from .layout import CARD, REFERENCE_TEXTS
 
@@ -130,17 +132,17 @@ class GgufBase:
         pairs = weight.reshape(num_heads, 2, len(weight) // num_heads // 2, *weight.shape[1:])
         return pairs.swapaxes(1, 2).reshape(weight.shape)
 
-    def check_token(self, gem: Any) -> None:
+    def check_vocabulary(self, gem: Any) -> None:
         """Raise if the file's vocabulary is another one."""
-        tokens, vocabulary = self.read("tokenizer.ggml.tokens") or [], gem.tokenizer.get_vocab()
+        tokens, num_tokens = self.read("tokenizer.ggml.tokens") or [], max(gem.tokenizer.get_vocab().values()) + 1
         # Bytes and spaces are written otherwise; names of special tokens are not.
         special = {str(token): row for row, token in gem.tokenizer.added_tokens_decoder.items() if token.special}
         special[gem.gem_tokens.names[0]] = gem.gem_tokens.row_ids[0]
         differing = [name for name, row in special.items() if row >= len(tokens) or tokens[row] != name]
-        if differing or len(tokens) < max(vocabulary.values()) + 1:
+        if differing or len(tokens) < num_tokens:
             raise ValueError(
                 f"{self.path} has another vocabulary than the adapter's base: {len(tokens)} tokens where that has "
-                f"{max(vocabulary.values()) + 1}{f', and others for {differing[:5]}' if differing else ''}."
+                f"{num_tokens}{f', and others for {differing[:5]}' if differing else ''}."
             )
 
     def check_weight(self, name: str, weight: Tensor) -> None:
@@ -236,12 +238,9 @@ def write_adapter(gem: Any, base_file: Path, folder: Path) -> None:
         ValueError: If the file is of another base, or of a kind that llama.cpp stores in a way that is not known.
     """
     base = GgufBase(base_file, gem.model)
-    base.check_token(gem)
-    linear = importlib.import_module("peft.tuners.lora").Linear
-    layers = {name: module for name, module in gem.gem_model.named_modules() if hasattr(module, "lora_A")}
-    if any(type(layer) is not linear or layer.lora_variant for layer in layers.values()):
-        raise ValueError("llama.cpp knows products of two matrices, and this adapter has others (such as DoRA).")
-    (adapter,) = {name for layer in layers.values() for name in layer.active_adapters}
+    base.check_vocabulary(gem)
+    products, adapter = {*products_in(gem.model, gem.gem_model)}, active_adapter(gem.gem_model)
+    layers = {name: module for name, module in gem.gem_model.named_modules() if module in products}
     ratios = {layer.scaling[adapter] * layer.r[adapter] for layer in layers.values()}
     if len(ratios) != 1:
         raise ValueError(f"llama.cpp knows one lora_alpha for all layers, and this adapter has {sorted(ratios)}.")
@@ -250,8 +249,7 @@ def write_adapter(gem: Any, base_file: Path, folder: Path) -> None:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", ratios.pop())
     kinds = base.gguf.GGUFValueType
-    tokens = gem.gem_tokens.row_ids
-    writer.add_key_value("adapter.alora.invocation_tokens", tokens, kinds.ARRAY, kinds.UINT32)
+    writer.add_key_value("adapter.alora.invocation_tokens", gem.gem_tokens.row_ids, kinds.ARRAY, kinds.UINT32)
     for path, layer in layers.items():
         name = base.name_of(path)
         base.check_weight(name, layer.base_layer.weight)

@@ -153,11 +153,24 @@ def gate_lora(base: Any, model: Any) -> Any:
     Raises:
         ValueError: If they differ in more than products of two matrices that are added to linear layers.
     """
+    return share_weights(model, {layer: GatedLinear(layer) for layer in products_in(base, model)})
+
+
+def products_in(base: Any, model: Any) -> list[Any]:
+    """PEFT's layers in a model that add a product of two matrices to a base's linear layer.
+
+    Args:
+        base: What text is read by.
+        model: The one that :func:`share_weights` made of it, with the LoRA.
+
+    Raises:
+        ValueError: If the two differ in anything else.
+    """
     kind = importlib.import_module("peft.tuners.lora").Linear
     layers = [module for module in modules_of(model) if type(module) is kind and _is_product(module)]
     if _structure_of(base, {}) != _structure_of(model, {layer: layer.base_layer for layer in layers}):
         raise ValueError("The adapter is more than products of two matrices, or its base is another.")
-    return share_weights(model, {layer: GatedLinear(layer) for layer in layers})
+    return layers
 
 
 def _is_product(layer: Any) -> bool:

@@ -155,11 +155,15 @@ def check_writable(gem: Any) -> None:
             "base_model_revision) to the base's Hub id."
         )
     if gem.mode != "full":
-        _active_adapter(gem.gem_model)
+        active_adapter(gem.gem_model)
 
 
-def _active_adapter(model: Any) -> str:
-    """Name of the one adapter that is on."""
+def active_adapter(model: Any) -> str:
+    """Name of the one adapter that is on.
+
+    Raises:
+        ValueError: If it is off, or there are several.
+    """
     status = import_peft().get_model_status(model)
     if status.enabled is not True:
         raise ValueError("The adapter is disabled, so that a reload would differ. Enable it in all layers first.")
@@ -318,7 +322,7 @@ def _require_versions(config_path: Path) -> None:
 def _save_adapter(gem: Any, folder: Path, fingerprint: dict[str, str | None]) -> None:
     """Write the LoRA in PEFT's format, the GEM rows, and what the base is recognised by."""
     peft, model = import_peft(), gem.gem_model
-    name = _active_adapter(model)
+    name = active_adapter(model)
     folder.mkdir(parents=True, exist_ok=True)
     lora = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     lora = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in lora.items()}
@@ -354,25 +358,27 @@ def load_adapter(gem: Any, model_name_or_path: str, hub_kwargs: dict[str, Any]) 
     subfolder = str(Path(hub_kwargs.get("subfolder") or "", ADAPTER_FOLDER))
     names = ["adapter_config.json", "adapter_model.safetensors", "base_fingerprint.json"]
     names += [GEM_ROWS] if gem.gem_tokens.names is None else []
-    paths = [cached_file(model_name_or_path, name, **{**hub_kwargs, "subfolder": subfolder}) for name in names]
-    saved = json.loads(Path(str(paths[2])).read_text(encoding="utf-8"))
+    options = {**hub_kwargs, "subfolder": subfolder}
+    paths = {name: Path(str(cached_file(model_name_or_path, name, **options))) for name in names}
+    saved = json.loads(paths["base_fingerprint.json"].read_text(encoding="utf-8"))
     if different := [key for key, value in saved.items() if value != gem.source.fingerprint[key]]:
         raise ValueError(
             f"{model_name_or_path} was trained on another base than {gem.source.folder}: {' and '.join(different)} "
             f"differ. It needs {gem.base_model_name_or_path or 'the base it was saved with'}, unchanged."
         )
-    rows = load_file(str(paths[3])) if len(paths) > 3 else {}
+    rows = load_file(paths[GEM_ROWS]) if GEM_ROWS in paths else {}
     with torch.no_grad():
         if gem.gem_embeddings is not None:
             gem.gem_embeddings.copy_(rows["gem_rows.0"])
         for index, weight in enumerate([] if gem.freeze_base else gem.base.vocabulary_matrices()):
             weight[gem.gem_token_ids] = rows[f"gem_rows.{index}"].to(weight)
-    config = import_peft().PeftConfig.from_pretrained(str(Path(str(paths[0])).parent))
+    config = import_peft().PeftConfig.from_pretrained(str(paths["adapter_config.json"].parent))
     config.inference_mode = False
     config.alora_invocation_tokens = None  # here it acts on GEM tokens, wherever these are
     model = add_lora(gem.gem_model, config)
-    state = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(str(paths[1])).items()}
+    weights = paths["adapter_model.safetensors"]
+    state = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(weights).items()}
     expected = import_peft().get_peft_model_state_dict(model, save_embedding_layers=False)
     if expected.keys() != state.keys():
-        raise ValueError(f"{paths[1]} does not fit its adapter_config.json: {sorted(expected.keys() ^ state.keys())}.")
+        raise ValueError(f"{weights} does not fit its adapter_config.json: {sorted(expected.keys() ^ state.keys())}.")
     import_peft().set_peft_model_state_dict(model, state)

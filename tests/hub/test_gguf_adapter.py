@@ -18,11 +18,11 @@ from ..conftest import CORPUS
 gguf = pytest.importorskip("gguf")
 
 
-def write_gguf(gem, path: Path, kind: str, quantized: str = "F32", **header: object) -> Path:
+def write_gguf(gem, path: Path, kind: str, quantized: str = "F32", tokens: list[str] | None = None) -> Path:
     """A base as llama.cpp's converter writes it: names of tensors, and Llama's queries and keys in pairs."""
     config, writer = gem.model.config, gguf.GGUFWriter(path, kind)
     vocabulary = sorted(gem.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    writer.add_array("tokenizer.ggml.tokens", header.get("tokens") or [token for token, _ in vocabulary])
+    writer.add_array("tokenizer.ggml.tokens", tokens or [token for token, _ in vocabulary])
     names = gguf.get_tensor_name_map(
         next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind), config.num_hidden_layers
     )
@@ -123,6 +123,8 @@ def test_models_that_are_no_activated_lora_are_refused(make, make_model, tmp_pat
         "has 2 GEM tokens": make(num_gem_tokens=2),
         "a trained row of its own": make(gem_tokens=None),
         "products of two matrices": make(lora_kwargs={"use_dora": True}),
+        "more than products": make(lora_kwargs={"lora_bias": True}),
+        "more than products of two": make(lora_kwargs={"modules_to_save": ["input_layernorm"]}),
         "stores the weights of gpt_neo": make(architecture="gpt_neo"),
     }
     path = write_gguf(make()[0], tmp_path / "base.gguf", "llama")
