@@ -65,7 +65,7 @@ class GemTokens:
     def rows(self) -> Tensor:
         """Embeddings of the GEM tokens. Shape: ``(K, D)``"""
         model = self.base.model
-        if self.holder is not None and self.names is None:
+        if self.holder is not None:
             return self.holder.gem_embeddings.to(model.dtype)
         return model.get_input_embeddings()(torch.tensor(self.row_ids, device=model.device))
 
@@ -111,24 +111,22 @@ def find_existing_tokens(base: GemBase, asked: str | Sequence[str] | None, num_g
     return names
 
 
-def used_tokens(base: GemBase) -> set[str]:
-    """Tokens that a model's configurations, its tokenizer or its chat template give a meaning."""
-    tokenizer: Any = base.text.tokenizer
-    ids = {*configured_ids(base.model), *(row for part in ids_around(base.text.own_tokenizer) for row in part)}
-    template = str(tokenizer.chat_template or "")
-    roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-    named = {str(getattr(tokenizer, f"{role}_token", None)) for role in roles}
-    return {name for name, row in tokenizer.get_vocab().items() if row in ids or name in named or name in template}
-
-
 def free_special_tokens(base: GemBase) -> list[str]:
-    """Special tokens that nothing uses and whose rows differ, reserved ones first, and of these the last."""
-    tokenizer, used, rows = base.text.tokenizer, used_tokens(base), base.model.get_input_embeddings().weight
+    """Special tokens whose rows differ and that nothing uses, reserved ones first, and of these the last.
+
+    The model's configurations, the tokenizer and the chat template may use them.
+    """
+    tokenizer: Any = base.text.tokenizer
+    rows, template = base.model.get_input_embeddings().weight, str(tokenizer.chat_template or "")
+    before, behind = ids_around(base.text.own_tokenizer)
+    used = {*configured_ids(base.model), *before, *behind}
+    named = {str(getattr(tokenizer, role)) for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     found = [
-        (bool(RESERVED_TOKEN.match(name)), row, name)
+        (is_reserved, row, name)
         for name, row in tokenizer.get_vocab().items()
-        if row < len(rows) and name not in used and (name in special or RESERVED_TOKEN.match(name))
+        if ((is_reserved := bool(RESERVED_TOKEN.match(name))) or name in special)
+        and (row < len(rows) and row not in used and name not in named and name not in template)
     ]
     different: dict[bytes, str] = {}  # rows that were never trained may be alike
     for _, row, name in sorted(found, reverse=True):

@@ -173,7 +173,7 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         named: Any = [saved.get(key) for key in ("gem_token_ids", "gem_token_source")]
         ids, source = named if saved else claim_gem_tokens(base, num_gem_tokens, freeze_base)
         names = saved.get("gem_token_names") or find_existing_tokens(base, gem_tokens, num_gem_tokens)
-        self.gem_tokens = GemTokens(ids, source, pooling, base, self if freeze_base else None, names)
+        self.gem_tokens = GemTokens(ids, source, pooling, base, self if freeze_base and not names else None, names)
         base.text.gem_token_ids = frozenset(ids)
         if source == "reserved":
             base.text.hidden_names = tuple(base.text.tokenizer.convert_ids_to_tokens(ids))

@@ -100,7 +100,7 @@ def test_plain_peft_gives_the_same_vectors(make, run_without_gem_st, tmp_path, a
     )
 
 
-def test_tokens_that_something_uses_are_refused(make, make_base):
+def test_tokens_that_something_uses_are_refused(make):
     template = f"{{{{ messages[0].content }}}}{NAMES[3]}"
     assert make(chat_template=template)[0].gem_tokens.names == [NAMES[2]]
     for names in ([NAMES[3]], ["<eos>"], ["the"], ["no such token"], NAMES[:2], [NAMES[0]] * 2):
