@@ -77,11 +77,15 @@ def find_base(name: str, scratch: str) -> str:
     if name not in SHAPES:
         return str(resolve(name))
     tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2-135m-instruct"))
+    return write_random(scratch, tokenizer, torch.bfloat16, vocab_size=49_152, tie_word_embeddings=True, **SHAPES[name])
+
+
+def write_random(folder: str, tokenizer: Any, dtype: torch.dtype = torch.float32, **config: Any) -> str:
+    """A random Llama that has another base's tokenizer."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=49_152, tie_word_embeddings=True, dtype="bfloat16", **SHAPES[name])
-    LlamaForCausalLM(config).bfloat16().save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    return scratch
+    LlamaForCausalLM(LlamaConfig(dtype=dtype, **config)).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 class Texts:

@@ -18,9 +18,9 @@ from typing import Any
 
 import matplotlib
 import torch
-from encode_speed import Texts
+from encode_speed import Texts, write_random
 from sentence_transformers import SentenceTransformer
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from gem_st import GemTransformer
 from gem_st.evaluation.baselines import build_baseline
@@ -35,9 +35,10 @@ COLORS = {"stock": "tab:gray", "full": "tab:orange", "frozen": "tab:blue"}
 
 
 def build(scratch: str) -> str:
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "base-8m")
-    config = LlamaConfig(
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "base-8m", model_max_length=8192)
+    return write_random(
+        scratch,
+        tokenizer,
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=704,
@@ -45,10 +46,6 @@ def build(scratch: str) -> str:
         num_attention_heads=4,
         max_position_embeddings=8192,
     )
-    LlamaForCausalLM(config).save_pretrained(scratch)
-    tokenizer.model_max_length = 8192
-    tokenizer.save_pretrained(scratch)
-    return scratch
 
 
 def seconds(model: SentenceTransformer, texts: list[str], rounds: int) -> float:

@@ -171,8 +171,8 @@ def measure(name: str, file: Path, folder: Path, model: SentenceTransformer, dat
         "MiB of a server with the adapter": round(memory),
     }
     if data is not None:
-        from defaults import score
         from real_data import evaluators
+        from real_llm import score
 
         served = Served(modules=[model[0]], device="cpu").use(server, token)
         found = evaluators(["sts", "titles"], data, "test")

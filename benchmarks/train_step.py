@@ -24,11 +24,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from encode_speed import find_base
+from encode_speed import find_base, write_random
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from gem_st import GemLoss, GemTransformer
 from gem_st.losses import find_same_texts, info_nce, text_keys
@@ -231,8 +231,9 @@ def read_status(name: str) -> float:
 
 def make_base(folder: Path, vocab_size: int, args: argparse.Namespace) -> None:
     """A random Llama with many rows in its vocabulary, most of which its tokenizer never uses."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    write_random(
+        str(folder),
+        AutoTokenizer.from_pretrained(ROOT / "examples" / "base-8m"),
         vocab_size=vocab_size,
         hidden_size=args.width,
         intermediate_size=4 * args.width,
@@ -241,8 +242,6 @@ def make_base(folder: Path, vocab_size: int, args: argparse.Namespace) -> None:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "examples" / "base-8m").save_pretrained(folder)
 
 
 def measure_memory(args: argparse.Namespace) -> list[dict]:
