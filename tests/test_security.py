@@ -73,6 +73,7 @@ def test_what_travels_imports_what_it_needs_only(path):
         "json",
         "logging",
         "math",
+        "mmap",
         "operator",
         "os",
         "pathlib",

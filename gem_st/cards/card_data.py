@@ -19,7 +19,7 @@ from transformers.utils import cached_file, logging
 
 from .._version import __version__
 from ..finding import require_gem
-from ..modeling.gem_files import is_local
+from ..modeling.gem_files import is_local, split_gguf
 from ..modeling.gem_mask import gem_mask_function, gem_segments
 
 logger = logging.get_logger(__name__)
@@ -91,7 +91,8 @@ class GemModelCardData(SentenceTransformerModelCardData):
         """Take the base's Hub id and revision from the GEM module; a folder of this machine is not named."""
         gem = require_gem(self.model)
         if not is_local(gem.base_model_name_or_path):
-            self.base_model, self.base_model_revision = gem.base_model_name_or_path, gem.base_model_revision
+            self.base_model, _ = split_gguf(gem.base_model_name_or_path)
+            self.base_model_revision = gem.base_model_revision
 
     def get_default_model_name(self) -> str:
         """Title of the card."""
@@ -233,9 +234,12 @@ def _sections(text: str) -> dict[str, str]:
 
 def find_license(gem: Any, local_files_only: bool = False) -> str | None:
     """Licence in the card of a model's base, which lies in its folder or on the Hub; None if there is none."""
+    if not gem.base_model_name_or_path:
+        return None
     hub = {"revision": gem.base_model_revision, "local_files_only": local_files_only}
+    source, _ = split_gguf(gem.base_model_name_or_path)
     try:
-        path = cached_file(gem.base_model_name_or_path, "README.md", _raise_exceptions_for_missing_entries=False, **hub)
+        path = cached_file(source, "README.md", _raise_exceptions_for_missing_entries=False, **hub)
         return ModelCard.load(path).data.get("license") if path else None
     except (OSError, ValueError, yaml.YAMLError) as error:
         logger.warning(

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .. import hub
 from ..files import write_json, write_text
 from ..finding import find_gem
-from ..modeling.gem_files import is_local
+from ..modeling.gem_files import is_local, split_gguf
 from ..training.measures import describe_versions
 from .baselines import BASELINES, build_baseline, set_padding_token
 from .health import measure_health
@@ -208,7 +208,7 @@ class _Evaluation:
             ValueError: If it is not there, or no model of transformers.
         """
         try:
-            AutoConfig.from_pretrained(base, **self.hub_kwargs(self.base_revision))
+            AutoConfig.from_pretrained(**self.pretrained(base, self.base_revision))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"The base {base!r} cannot be read. Give another as --baseline, or --baseline none for no comparison: "
@@ -220,11 +220,12 @@ class _Evaluation:
         length = model.max_seq_length
         if length is not None:
             length -= getattr(model[0], "num_gem_tokens", 0)
-        hub_kwargs = {name: value for name, value in self.hub_kwargs(self.base_revision).items() if value}
-        kwargs = {"model_kwargs": {"dtype": self.dtype, **hub_kwargs}}
-        kwargs |= {"processor_kwargs": hub_kwargs, "config_kwargs": hub_kwargs}
+        options = {name: value for name, value in self.pretrained(base, self.base_revision).items() if value}
+        source = options.pop("pretrained_model_name_or_path")
+        kwargs = {"model_kwargs": {"dtype": self.dtype, **options}}
+        kwargs |= {"processor_kwargs": options, "config_kwargs": options}
         with hub.translate_hub_errors(base):
-            baseline = build_baseline(name, base, max_seq_length=length, **kwargs)
+            baseline = build_baseline(name, source, max_seq_length=length, **kwargs)
         baseline.prompts, baseline.default_prompt_name = dict(model.prompts), model.default_prompt_name
         return baseline.to(model.device)
 
@@ -234,20 +235,19 @@ class _Evaluation:
             return gem.model, gem.tokenizer
         return self.load_language_model(self.config.checkpoint, self.config.revision, model.device)
 
-    def hub_kwargs(self, revision: str | None) -> dict[str, Any]:
-        """How something is read from the Hub."""
-        config = self.config
-        return {"revision": revision, "token": config.token, "trust_remote_code": config.trust_remote_code}
+    def pretrained(self, name: str, revision: str | None) -> dict[str, Any]:
+        """What ``from_pretrained`` gets for a model in a folder, on the Hub, or in a GGUF file of one of these."""
+        config, (source, file) = self.config, split_gguf(name)
+        options = {"revision": revision, "token": config.token, "trust_remote_code": config.trust_remote_code}
+        return {"pretrained_model_name_or_path": source, **({"gguf_file": file} if file else {}), **options}
 
     def load_language_model(
         self, name: str, revision: str | None, device: torch.device
     ) -> tuple[PreTrainedModel, Any] | None:
         """A causal language model of transformers, and its tokenizer; None if it is none."""
-        kwargs = self.hub_kwargs(revision)
+        kwargs = self.pretrained(name, revision)
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=self.dtype, output_loading_info=True, **kwargs
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(dtype=self.dtype, output_loading_info=True, **kwargs)
         except (ValueError, KeyError) as error:
             self.progress(f"{name} does not load as a causal language model, generation is left out: {error}")
             return None
@@ -256,7 +256,7 @@ class _Evaluation:
             missing = ", ".join(sorted(found["missing_keys"])[:3])
             self.progress(f"{name} is no whole causal language model (no {missing}), generation is left out.")
             return None
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(name, **kwargs)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(**kwargs)
 
     # Embeddings
 

@@ -138,7 +138,8 @@ def _check_base_is_public(settings: dict[str, Any]) -> None:
     if not settings.get("save_base", True) and is_local(base):
         raise ValueError(
             f"The adapter names its base by a folder of this machine, {base}. Set model[0].base_model_name_or_path "
-            "(and base_model_revision) to the base's Hub id, or save it with its base: model[0].save_base = True."
+            "(and base_model_revision) to the base's Hub id (of a GGUF file, owner/name/x.gguf), or save it with its "
+            "base: model[0].save_base = True."
         )
 
 

@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .gem_cache import GemCache, GemMemory, cache_name, expand_rows
 from .gem_mask import gem_attention_mask, gem_position_ids
+from .gem_own_tokenizer import copy_backend, with_backend
 from .gem_text import TextCodec
 from .gem_weights import WeightsId, count_writes
 
@@ -44,8 +46,12 @@ class GemBase:
         config_kwargs: dict[str, Any],
     ) -> GemBase:
         """Load from a folder or the Hub; options go to the ``from_pretrained`` of model, tokenizer and config."""
-        text = TextCodec(AutoTokenizer.from_pretrained(source, **processor_kwargs))
-        return cls(_load_causal_lm(source, model_kwargs, config_kwargs), text)
+        tokenizer = AutoTokenizer.from_pretrained(source, **processor_kwargs)
+        model = load_causal_lm(source, model_kwargs, config_kwargs)
+        if "gguf_file" in model_kwargs:  # the class that transformers makes of it may add tokens that the file has not
+            num_rows = model.get_input_embeddings().weight.shape[0]
+            tokenizer = with_backend(tokenizer, copy_backend(tokenizer.backend_tokenizer, num_rows))
+        return cls(model, TextCodec(tokenizer))
 
     @property
     def config(self) -> Any:
@@ -234,7 +240,7 @@ def configured_ids(model: Any) -> set[int]:
     return ids
 
 
-def _load_causal_lm(model_name_or_path: str, model_kwargs: dict[str, Any], config_kwargs: dict[str, Any]) -> Any:
+def load_causal_lm(model_name_or_path: str, model_kwargs: dict[str, Any], config_kwargs: dict[str, Any]) -> Any:
     """Load a decoder with its language-model head, and refuse one of which a weight is missing."""
     config = AutoConfig.from_pretrained(model_name_or_path, **config_kwargs)
     needed = "GEM needs a decoder-only language model, e.g. Llama, Qwen or GPT-Neo."
@@ -243,6 +249,8 @@ def _load_causal_lm(model_name_or_path: str, model_kwargs: dict[str, Any], confi
     has_remote_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not has_remote_code:
         raise ValueError(f"{model_name_or_path} ({config.model_type}) has no causal language-model head. {needed}")
+    if "gguf_file" in model_kwargs and hasattr(transformers, "GgufConfig"):  # from 5.24; before, none stayed in blocks
+        model_kwargs = {"quantization_config": transformers.GgufConfig(dequantize=True), **model_kwargs}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         model_name_or_path, config=config, output_loading_info=True, **model_kwargs
     )

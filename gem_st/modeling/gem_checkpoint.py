@@ -1,4 +1,4 @@
-"""Checkpoints: where the base is, the adapter's files, and writing all of it into a folder."""
+"""Checkpoints: the adapter's files, and writing all of it into a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,11 +21,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file, logging
 
 from .gem_adapter import add_lora, import_peft
-from .gem_base import GemBase
 from .gem_files import (
-    BaseSource,
     check_base_unchanged,
-    check_weight_maps,
     copy_base,
     fingerprint_base,
     is_local,
@@ -55,61 +52,6 @@ ROUTED = re.compile(r"_\d+_GemTransformer$")
 
 CHECKPOINT = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 """Names of the folders that a trainer resumes from."""
-
-
-class FoundBase(NamedTuple):
-    """Where a base is loaded from, and what checkpoints call it."""
-
-    load_from: str
-    load_kwargs: dict[str, Any]
-    name: str
-    revision: str | None
-
-
-def find_base(model_name_or_path: str, saved: dict[str, Any], is_frozen: bool, hub_kwargs: dict[str, Any]) -> FoundBase:
-    """Find the weights of the base.
-
-    Args:
-        model_name_or_path: A base, or a GEM checkpoint.
-        saved: Settings of the latter.
-        is_frozen: Whether it is an adapter beside a frozen base.
-        hub_kwargs: How files are read from the Hub.
-
-    Raises:
-        ValueError: If a checkpoint names a base that cannot be had, or weights outside its folder.
-    """
-    check_weight_maps(Path(model_name_or_path, hub_kwargs.get("subfolder") or ""))
-    has_base = saved.get("save_base", True)
-    if not saved or (has_base and not is_frozen):
-        is_folder = Path(model_name_or_path).is_dir()
-        name = Path(model_name_or_path).resolve() if is_folder else model_name_or_path
-        return FoundBase(model_name_or_path, {}, str(name), None)
-    base, revision = saved.get("base_model_name_or_path", ""), saved.get("base_model_revision")
-    if has_base:
-        return FoundBase(model_name_or_path, {}, base, revision)
-    try:
-        if cached_file(base, "config.json", **{**hub_kwargs, "revision": revision, "subfolder": ""}) is None:
-            raise OSError("it has no config.json.")  # of a folder, transformers does not say it
-    except OSError as error:
-        raise ValueError(
-            f"{model_name_or_path} holds an adapter only; its base, {base!r} (revision "
-            f"{revision}), cannot be loaded: {error}\nMake it available, or edit "
-            f"base_model_name_or_path in gem_config.json to where you keep it."
-        ) from error
-    check_weight_maps(Path(base))
-    return FoundBase(base, {"revision": revision, "subfolder": ""}, base, revision)
-
-
-def locate(found: FoundBase, base: GemBase, hub_kwargs: dict[str, Any]) -> tuple[BaseSource, str | None]:
-    """Where the files of a loaded base are, and its commit on the Hub."""
-    # In the Hub's cache files are links: their names lie in one folder, what they point to in another.
-    config_path = Path(str(cached_file(found.load_from, "config.json", **{**hub_kwargs, **found.load_kwargs})))
-    folder = config_path.absolute().parent
-    commit = re.search(r"/snapshots/([0-9a-f]{40})/", config_path.as_posix())
-    is_named = found.revision is None and found.load_from == found.name
-    revision = commit[1] if commit and is_named else found.revision
-    fingerprint = fingerprint_base(folder, base.text.tokenizer)
-    return BaseSource(folder, fingerprint, getattr(base.model.config, "use_cache", None)), revision
 
 
 @lru_cache
@@ -153,6 +95,12 @@ def check_writable(gem: Any) -> None:
         raise ValueError(
             "An adapter is saved without its base, and has to name it: set model[0].base_model_name_or_path (and "
             "base_model_revision) to the base's Hub id."
+        )
+    if gem.freeze_base and gem.save_base and gem.source.is_gguf:
+        raise ValueError(
+            f"The base, {gem.source.folder}, stays where it is: a checkpoint beside it holds the adapter alone. Leave "
+            "save_base at False, or train beside a dense copy (AutoModelForCausalLM.from_pretrained(folder, "
+            "gguf_file=...).save_pretrained(...))."
         )
     if gem.mode != "full":
         active_adapter(gem.gem_model)

@@ -1,25 +1,30 @@
-"""The base on the disk: which files its weights are in, how it is recognised, and copying it."""
+"""The base on the disk: where it is, which files its weights are in, how it is recognised, and copying it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
-from .gem_base import GemBase
+from .gem_base import GemBase, load_causal_lm
 from .gem_own_tokenizer import copy_tokenizer
 
 logger = logging.get_logger(__name__)
+
+GGUF = ".gguf"
+"""How the names of llama.cpp's files end, which are config, tokenizer and weights in one."""
 
 VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 """Keys of a configuration that say nothing of the model."""
@@ -30,7 +35,7 @@ class BaseSource:
     """Where a base was loaded from.
 
     Attributes:
-        folder: The folder of its files, which may be gone by now.
+        folder: The folder of its files, or the one GGUF file that it is; it may be gone by now.
         fingerprint: Output of :func:`fingerprint_base`.
         use_cache: What its configuration says of caches, which trainers overwrite.
         num_writes: :meth:`GemBase.num_writes` when it had been loaded.
@@ -41,10 +46,99 @@ class BaseSource:
     use_cache: bool | None = None
     num_writes: int = 0
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the base is a GGUF file."""
+        return self.folder.suffix == GGUF
+
+
+def split_gguf(name: str, gguf_file: str | None = None) -> tuple[str, str | None]:
+    """Folder or Hub id, and the GGUF file in it, of a base that is one.
+
+    Args:
+        name: ``"folder/model.gguf"``, ``"org/name/model.gguf"``, or a folder or Hub id.
+        gguf_file: The file, if it is given apart, as transformers does; it may be a path of its own.
+    """
+    if gguf_file and Path(gguf_file).is_file():
+        name, gguf_file = gguf_file, None
+    if gguf_file is None and name.endswith(GGUF) and not Path(name).is_dir():
+        return str(Path(name).parent), Path(name).name
+    return name, gguf_file
+
+
+class FoundBase(NamedTuple):
+    """Where a base is loaded from, and what checkpoints call it."""
+
+    load_from: str
+    load_kwargs: dict[str, Any]
+    name: str
+    revision: str | None
+
+
+def find_base(
+    model_name_or_path: str, saved: dict[str, Any], is_frozen: bool, hub_kwargs: dict[str, Any], gguf_file: str | None
+) -> FoundBase:
+    """Find the weights of the base.
+
+    Args:
+        model_name_or_path: A base, or a GEM checkpoint.
+        saved: Settings of the latter.
+        is_frozen: Whether it is an adapter beside a frozen base.
+        hub_kwargs: How files are read from the Hub.
+        gguf_file: The GGUF file that the base is, in its folder or elsewhere.
+
+    Raises:
+        ValueError: If a checkpoint names a base that cannot be had, or weights outside its folder.
+    """
+    check_weight_maps(Path(model_name_or_path, hub_kwargs.get("subfolder") or ""))
+    has_base = saved.get("save_base", True)
+    if saved and has_base and gguf_file:
+        raise ValueError(f"{model_name_or_path} is a GEM checkpoint that holds its base. Leave out gguf_file.")
+    if not saved or (has_base and not is_frozen):
+        source, file = split_gguf(model_name_or_path, gguf_file)
+        name = str(Path(source).resolve() if Path(source).is_dir() else source)
+        if file:
+            return FoundBase(source, {"gguf_file": file}, f"{name}/{file}", None)
+        return FoundBase(source, {}, name, None)
+    base, revision = saved.get("base_model_name_or_path", ""), saved.get("base_model_revision")
+    if has_base:
+        return FoundBase(model_name_or_path, {}, base, revision)
+    if gguf_file and is_local(base):
+        base = str(Path(gguf_file).resolve())
+    source, file = split_gguf(base, gguf_file)
+    options: dict[str, Any] = {"revision": revision, "subfolder": ""}
+    try:
+        if cached_file(source, file or "config.json", **{**hub_kwargs, **options}) is None:
+            raise OSError(f"it has no {file or 'config.json'}.")  # of a folder, transformers does not say it
+    except OSError as error:
+        way = ', or pass model_kwargs={"gguf_file": "where/it/is.gguf"}' if file else ""
+        raise ValueError(
+            f"{model_name_or_path} holds an adapter only; its base, {base!r} (revision "
+            f"{revision}), cannot be loaded: {error}\nMake it available, or edit "
+            f"base_model_name_or_path in gem_config.json to where you keep it{way}."
+        ) from error
+    check_weight_maps(Path(source))
+    return FoundBase(source, {**options, "gguf_file": file} if file else options, base, revision)
+
+
+def locate(found: FoundBase, base: GemBase, hub_kwargs: dict[str, Any]) -> tuple[BaseSource, str | None]:
+    """Where the files of a loaded base are, and its commit on the Hub."""
+    # In the Hub's cache files are links: their names lie in one folder, what they point to in another.
+    options = {**hub_kwargs, **found.load_kwargs}
+    file = options.pop("gguf_file", None)
+    path = Path(str(cached_file(found.load_from, file or "config.json", **options))).absolute()
+    folder = path if file else path.parent
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
+    is_named = found.revision is None and found.load_from == split_gguf(found.name)[0]
+    revision = commit[1] if commit and is_named else found.revision
+    fingerprint = fingerprint_base(folder, base.text.tokenizer)
+    return BaseSource(folder, fingerprint, getattr(base.model.config, "use_cache", None)), revision
+
 
 def is_local(base: str) -> bool:
     """True for a base that is named by a folder, also one that is gone by now; empty names are none of the Hub's."""
-    return Path(base).is_absolute() or Path(base).is_dir()
+    folder, _ = split_gguf(base)
+    return Path(folder).is_absolute() or Path(folder).is_dir()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -85,6 +179,14 @@ def read_weights(folder: Path, *, sample: bool) -> Iterator[tuple[str, Tensor, A
                 yield name, weight, ...
             elif rows := _sample_rows(weight.shape):
                 yield name, weight[rows], rows
+
+
+def read_gguf(file: Path, *, sample: bool) -> Iterator[tuple[str, Tensor, Any]]:
+    """As :func:`read_weights`, of a GGUF file by loading it once more; of a sample nothing."""
+    if not sample:
+        options = {"gguf_file": file.name}
+        model = load_causal_lm(str(file.parent), options, options)
+        yield from ((name, weight, ...) for name, weight in model.named_parameters())
 
 
 def _sample_rows(shape: Sequence[int]) -> list[int]:
@@ -128,13 +230,18 @@ def fingerprint_base(
 ) -> dict[str, str | None]:
     """What a base is recognised by: hashes of its config, its tokenizer and a sample of its weights.
 
-    They are taken from files, so that they do not depend on the data type or quantisation it is loaded with.
+    They are taken from files, so that they do not depend on the data type or quantisation it is loaded with. Of a GGUF
+    file it is the SHA-256 of all of it, by which others know it as well.
 
     Args:
         folder: Where it is.
         tokenizer: Its tokenizer.
         added: A token that does not count.
     """
+    if folder.suffix == GGUF:
+        with open(folder, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            digest = hashlib.sha256(content).hexdigest()
+        return {"config": None, "tokenizer": fingerprint_tokenizer(tokenizer, added), "weights": digest}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = sorted(
         (name, str(sample.dtype), hashlib.sha256(sample.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
@@ -159,7 +266,7 @@ def check_base_unchanged(base: GemBase, source: BaseSource, is_frozen: bool) -> 
     Raises:
         ValueError: If they are not.
     """
-    if not source.folder.is_dir():
+    if not source.folder.exists():
         return
     tokenizer = base.text.tokenizer
     # A padding token is never read, so that it may be added at any time.
@@ -178,7 +285,8 @@ def check_base_unchanged(base: GemBase, source: BaseSource, is_frozen: bool) -> 
     # Some optimizers write without being counted, but only to what takes gradients.
     is_touched = base.num_writes() != source.num_writes
     is_touched |= any(weight.requires_grad for weight in base.model.parameters())
-    for name, stored, rows in read_weights(source.folder, sample=not is_touched):
+    stored_weights = read_gguf if source.is_gguf else read_weights
+    for name, stored, rows in stored_weights(source.folder, sample=not is_touched):
         weight = weights.get(name)
         if weight is None or weight.is_meta or id(weight) in skipped or not weight.is_floating_point():
             continue  # quantised, on the disk, or named otherwise in memory

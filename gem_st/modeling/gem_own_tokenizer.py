@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -88,13 +89,19 @@ def _state_of_part(part: Any) -> Any:
         return "custom"
 
 
-def copy_backend(backend: Any) -> Any:
-    """A backend of the same model and parts, which are shared, without truncation and padding."""
+def copy_backend(backend: Any, num_rows: float = math.inf) -> Any:
+    """A backend of the same model and parts, which are shared, without truncation and padding.
+
+    Args:
+        backend: Another tokenizer's.
+        num_rows: Added tokens of this id and beyond are left out.
+    """
     own = type(backend)(backend.model)
     for name in (*PARTS, "decoder"):
         setattr(own, name, getattr(backend, name))
     own.encode_special_tokens = backend.encode_special_tokens
-    added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]  # ids are given in this order
+    decoder = sorted(backend.get_added_tokens_decoder().items())  # ids are given in this order
+    added = [token for token_id, token in decoder if token_id < num_rows]
     for is_special, tokens in groupby(added, key=lambda token: token.special):
         (own.add_special_tokens if is_special else own.add_tokens)(list(tokens))
     return own

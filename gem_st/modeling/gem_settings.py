@@ -121,6 +121,8 @@ def load_settings(load_config: Callable[..., Any], path: str, hub_kwargs: dict[s
     Raises:
         ValueError: If they cannot be.
     """
+    if path.endswith(".gguf") and not Path(path).is_dir():
+        return {}  # a base in one file
     options = {name: hub_kwargs.get(name, default) for name, default in HUB_KWARGS.items() if name != "cache_dir"}
     saved = load_config(path, cache_folder=hub_kwargs.get("cache_dir"), **options)
     check_settings(path, saved)

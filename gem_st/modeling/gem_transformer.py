@@ -39,16 +39,14 @@ from .gem_adapter import (
 from .gem_base import Evaluating, GemBase, WithAdvice
 from .gem_checkpoint import (
     check_writable,
-    find_base,
     hash_code,
     hash_files,
     load_adapter,
-    locate,
     write_checkpoint,
 )
 from .gem_dtypes import WeightTypes
 from .gem_embedder import Embedder
-from .gem_files import check_tokenizer, fingerprint_tokenizer, is_local
+from .gem_files import check_tokenizer, find_base, fingerprint_tokenizer, is_local, locate
 from .gem_generator import Generator, Reader
 from .gem_language import LanguageMethods
 from .gem_mask import Rows
@@ -79,8 +77,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
     be trained with :class:`gem_st.GemLoss` or another loss; ``model[0].generate(...)`` is the generator.
 
     Args:
-        model_name_or_path: Hub id or folder of a decoder-only model with a language-model head, or of a GEM
-            checkpoint, in which case the other settings must be those it was saved with.
+        model_name_or_path: Hub id or folder of a decoder-only model with a language-model head, a GGUF file in one, or
+            a GEM checkpoint, in which case the other settings must be those it was saved with.
         num_gem_tokens: K, the number of GEM tokens appended to each text.
         pooling: ``"mean"`` or ``"concat"`` over the hidden states at the GEM tokens.
         max_seq_length: Tokens in a row, GEM tokens included; longer texts are truncated. Defaults to what tokenizer
@@ -91,7 +89,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         lora_kwargs: Further options of ``peft.LoraConfig``, e.g. ``{"lora_dropout": 0.1}``.
         gem_tokens: Beside a frozen base, existing tokens whose rows are the GEM tokens', untouched: ``"reserved"``, or
             K names of special tokens that nothing else uses. By default rows of their own are trained.
-        model_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``, e.g. ``{"dtype": torch.float32}``.
+        model_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``, e.g. ``{"dtype": torch.float32}``. With
+            ``{"gguf_file": "x.gguf"}`` a checkpoint that is an adapter alone finds its base elsewhere.
         processor_kwargs: Passed to ``AutoTokenizer.from_pretrained``, e.g. ``{"padding_side": "left"}``.
         config_kwargs: Passed to ``AutoConfig.from_pretrained``.
 
@@ -148,11 +147,10 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
         saved = load_settings(self.load_config, model_name_or_path, hub_kwargs)
         asked = {"num_gem_tokens": num_gem_tokens, "pooling": pooling, "freeze_base": freeze_base}
         check_saved_settings(model_name_or_path, saved, asked, of_frozen)
-        self.save_base = saved.get("save_base", True)
         self.save_dtype: torch.dtype | None = None
+        found = find_base(model_name_or_path, saved, freeze_base, hub_kwargs, (model_kwargs or {}).get("gguf_file"))
+        self.save_base = saved.get("save_base", not (freeze_base and "gguf_file" in found.load_kwargs))
         has_all_rows = not freeze_base and self.save_base
-
-        found = find_base(model_name_or_path, saved, freeze_base, hub_kwargs)
         options = [
             {**(kwargs or {}), **found.load_kwargs} for kwargs in (model_kwargs, processor_kwargs, config_kwargs)
         ]

@@ -88,7 +88,7 @@ class TrainConfig:
     decide; :meth:`resolve` does that.
     """
 
-    base: Annotated[str | None, "Base model: Hub id or folder."] = None
+    base: Annotated[str | None, "Base model: Hub id, folder, or GGUF file (folder/x.gguf, org/name/x.gguf)."] = None
     output: Annotated[str | None, "Folder for the checkpoint and its report; gem-<base> by default."] = None
     data: Annotated[str | None, "Texts: a csv, tsv, jsonl, parquet or txt file, a folder of them, or a Hub id."] = None
     split: Annotated[str, "Split of the data, or a part such as train[:1000]; a file is all train."] = "train"
@@ -175,8 +175,16 @@ class TrainConfig:
 
     @property
     def hub_kwargs(self) -> dict[str, Any]:
-        """What every ``from_pretrained`` of the base gets."""
+        """Options that every ``from_pretrained`` of the base gets."""
         return {"trust_remote_code": True} if self.trust_remote_code else {}
+
+    @property
+    def pretrained(self) -> dict[str, Any]:
+        """What ``from_pretrained`` of the base's config and tokenizer gets."""
+        from ..modeling.gem_files import split_gguf
+
+        source, file = split_gguf(str(self.base))
+        return {"pretrained_model_name_or_path": source, **({"gguf_file": file} if file else {}), **self.hub_kwargs}
 
     def check(self) -> None:
         """Make sure that the options are in range and fit each other; nothing is loaded.

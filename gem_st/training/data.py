@@ -341,20 +341,19 @@ def sample_texts(
     return list(sentences)[:num]
 
 
-def generate_texts(base: str, num: int, seed: int, hub_kwargs: dict[str, Any]) -> list[str]:
+def generate_texts(base: dict[str, Any], num: int, seed: int) -> list[str]:
     """Load a base and have it write texts; the same seed gives the same texts on the same device.
 
     Args:
-        base: Hub id or folder.
+        base: What ``from_pretrained`` of config and tokenizer gets.
         num: Texts to write.
         seed: Of the sampling.
-        hub_kwargs: Passed to ``from_pretrained``.
     """
     on_accelerator = torch.accelerator.is_available()
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto" if on_accelerator else "float32", **hub_kwargs)
+    model: Any = AutoModelForCausalLM.from_pretrained(dtype="auto" if on_accelerator else "float32", **base)
     model = model.to(torch.accelerator.current_accelerator() if on_accelerator else "cpu").eval()
     set_seed(seed)
-    return sample_texts(model, AutoTokenizer.from_pretrained(base, **hub_kwargs), num, batch_size=min(64, num))
+    return sample_texts(model, AutoTokenizer.from_pretrained(**base), num, batch_size=min(64, num))
 
 
 def read_texts(path: Path) -> list[str]:

@@ -85,7 +85,7 @@ def preview(config: TrainConfig) -> Preview:
     if config.self_generate:
         num_rows, _ = share_rows(config.self_generate, None, config.held_out)
     config = config.resolve(num_rows, data.columns, read_context(config))
-    tokenizer = AutoTokenizer.from_pretrained(config.base, **config.hub_kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(**config.pretrained)
     sampled = sample_rows(data.train)
     lengths = [len(row) for row in tokenizer([text for row in sampled for text in row.values()])["input_ids"]]
     limit = (config.max_length or 0) - config.num_gem_tokens
@@ -222,7 +222,7 @@ def estimate_memory(config: TrainConfig, num_columns: int, length: float) -> dic
     Returns:
         GiB by what needs them. What Python and the device's libraries need themselves is not counted.
     """
-    base = AutoConfig.from_pretrained(str(config.base), **config.hub_kwargs)
+    base = AutoConfig.from_pretrained(**config.pretrained)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base, **config.hub_kwargs)
     text_config, head = base.get_text_config(), model.get_output_embeddings()

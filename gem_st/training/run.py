@@ -229,7 +229,7 @@ def load_data(config: TrainConfig, num_texts: int | None = None) -> TrainData:
     """
     from datasets import Dataset
 
-    tokenizer = AutoTokenizer.from_pretrained(config.base, **config.hub_kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(**config.pretrained)
     with processes(config).main_process_first():
         if config.self_generate:
             dataset: Any = Dataset.from_dict({"text": self_generated(config, num_texts)})
@@ -263,7 +263,7 @@ def self_generated(config: TrainConfig, at_most: int | None = None) -> list[str]
     written = path.with_name(f"{GENERATED}.base")
     if written.exists() and written.read_text(encoding="utf-8") == origin:
         return read_texts(path)
-    texts = generate_texts(str(config.base), min(num, at_most or num), config.seed, config.hub_kwargs)
+    texts = generate_texts(config.pretrained, min(num, at_most or num), config.seed)
     if at_most is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_texts(path, texts)
@@ -273,7 +273,7 @@ def self_generated(config: TrainConfig, at_most: int | None = None) -> list[str]
 
 def read_context(config: TrainConfig) -> int | None:
     """Tokens that the base can read, from its config alone; None if it names no limit."""
-    base = AutoConfig.from_pretrained(str(config.base), **config.hub_kwargs).get_text_config()
+    base = AutoConfig.from_pretrained(**config.pretrained).get_text_config()
     return getattr(base, "max_position_embeddings", None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,31 +16,7 @@ from ..conftest import CORPUS
 
 gguf = pytest.importorskip("gguf")
 
-
-def write_gguf(gem, path: Path, kind: str, quantized: str = "F32", tokens: list[str] | None = None) -> Path:
-    """A base as llama.cpp's converter writes it: names of tensors, and Llama's queries and keys in pairs."""
-    config, writer = gem.model.config, gguf.GGUFWriter(path, kind)
-    vocabulary = sorted(gem.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    writer.add_array("tokenizer.ggml.tokens", tokens or [token for token, _ in vocabulary])
-    names = gguf.get_tensor_name_map(
-        next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind), config.num_hidden_layers
-    )
-    quantization = gguf.GGMLQuantizationType[quantized]
-    for name, weight in gem.model.state_dict().items():
-        values, place = weight.float().numpy(), name.removesuffix(".weight")
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(place.split(".")[-1])
-        if heads and kind == "llama":
-            pairs = values.reshape(heads, 2, len(values) // heads // 2, -1)
-            values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
-        found = names.get_name(place)
-        if found is not None and name != "lm_head.weight":
-            data = gguf.quantize(values, quantization) if values.ndim > 1 else values
-            writer.add_tensor(f"{found}.weight", data, raw_dtype=quantization if values.ndim > 1 else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+from ..gguf_files import write_gguf  # noqa: E402
 
 
 @pytest.fixture
