@@ -165,7 +165,7 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         """Where the checkpoint goes."""
-        return Path(self.output or f"gem-{Path(self.base or 'model').name}")
+        return Path(self.output or f"gem-{Path(self.base or 'model').name.removesuffix('.gguf')}")
 
     @property
     def uses_schedule(self) -> bool:

@@ -40,6 +40,7 @@ from gem_st.training.run import (
 )
 
 from ..conftest import BASE_8M, CHECKPOINTING, CORPUS, ROOT
+from ..gguf_files import write_gguf
 
 PAIRS = {"anchor": CORPUS, "positive": CORPUS[::-1]}
 
@@ -406,6 +407,22 @@ def test_a_frozen_base_writes_what_it_wrote_and_a_lora_is_an_adapter(make_config
     assert json.loads((result.folder / "report.json").read_text())["settings"]["learning_rate"] == 5e-4
 
 
+def test_a_gguf_file_is_a_base(make_config, make_model, texts, tmp_path):
+    dense = make_model(num_reserved=2, hidden_size=64, intermediate_size=64, head_dim=16)
+    base = write_gguf(dense[0], tmp_path / "models.gguf", quantized="Q8_0")
+    options = ["--base", base, "--data", texts, "--mode", "frozen", "--gem-tokens", "reserved", "--max-length", 20]
+    shown = invoke(*options, "--dry-run")
+    assert shown.exit_code == 0, shown.output + str(shown.exception)
+    config = make_config(base=base, output=None, mode="frozen", gem_tokens=["reserved"])
+    result = train(config)
+    assert result.folder.name == "gem-models"
+    assert result.before["perplexity of held-out text"] == result.after["perplexity of held-out text"]
+    assert not list(result.folder.glob("model*.safetensors"))
+    assert train(dataclasses.replace(config, resume=True)).folder == result.folder
+    model = SentenceTransformer(str(result.folder), trust_remote_code=True, device="cpu")
+    assert model.encode(CORPUS).shape == (8, 64)
+
+
 def test_a_stream_of_pairs_with_a_graded_evaluation_set(make_config, tmp_path):
     path = tmp_path / "pairs.jsonl"
     Dataset.from_dict({name: texts * 4 for name, texts in PAIRS.items()}).to_json(str(path))
@@ -727,7 +744,7 @@ def test_a_resumed_training_reads_the_same_data(make_config, tmp_path, name, val
 
 
 def test_texts_of_another_seed_are_not_taken_for_ones_own(make_config, tmp_path, monkeypatch):
-    write = lambda base, num, seed, kwargs: [f"{seed} {index}" for index in range(num)]  # noqa: E731
+    write = lambda base, num, seed: [f"{seed} {index}" for index in range(num)]  # noqa: E731
     monkeypatch.setattr("gem_st.training.run.generate_texts", write)
     first, again, other = (make_config(self_generate=3, seed=seed) for seed in (0, 0, 1))
     assert self_generated(first) == self_generated(again) == ["0 0", "0 1", "0 2"]

@@ -27,6 +27,7 @@ from gem_st.evaluation.run import EvalConfig, evaluate, named_base
 from gem_st.evaluation.suites import load_suite, read_texts_of
 
 from ..conftest import CORPUS, ROOT
+from ..gguf_files import write_gguf
 
 pytestmark = pytest.mark.skipif(find_spec("mteb") is None, reason="mteb needs Python 3.11")
 
@@ -269,9 +270,9 @@ def test_revisions_are_those_of_the_checkpoint_and_of_its_base(
     read: list[tuple[str, Any]] = []
     load = AutoModelForCausalLM.from_pretrained
 
-    def note(name: str, **kwargs: Any) -> Any:
-        read.append((name, kwargs.get("revision")))
-        return load(name, **kwargs)
+    def note(pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        read.append((pretrained_model_name_or_path, kwargs.get("revision")))
+        return load(pretrained_model_name_or_path, **kwargs)
 
     monkeypatch.setattr(evaluate_module.AutoModelForCausalLM, "from_pretrained", note)
     base = str(make_base())
@@ -283,6 +284,18 @@ def test_revisions_are_those_of_the_checkpoint_and_of_its_base(
     read.clear()
     run(str(tmp_path / "adapter"), suite, model[0].base_model_name_or_path, compare=["mean"], knowledge=["Trivia"])
     assert read[-1] == (model[0].base_model_name_or_path, "abc")
+
+
+def test_a_base_in_a_gguf_file_is_compared(make_model: Callable[..., Any], suite: str, tmp_path: Path) -> None:
+    dense = make_model(num_reserved=2, hidden_size=64, intermediate_size=64, head_dim=16)
+    base = str(write_gguf(dense[0], tmp_path / "base.gguf"))
+    gem = GemTransformer(base, freeze_base=True, gem_tokens="reserved")
+    SentenceTransformer(modules=[gem], device="cpu").save_pretrained(str(tmp_path / "adapter"))
+    settings = {"suite": suite, "output": str(tmp_path / "out"), "device": "cpu", "compare": ["mean", "echo"]}
+    results = evaluate(EvalConfig(str(tmp_path / "adapter"), **settings))
+    assert results.embedding["Graded"]["baselines"].keys() == {"mean", "echo"}
+    assert {entry["difference"] for entry in results.generation.values()} == {0}
+    assert not results.errors
 
 
 def test_a_base_that_is_not_named_is_no_reason_for_claims(make_checkpoint: Callable[..., str], suite: str) -> None:
