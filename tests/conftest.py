@@ -19,7 +19,11 @@ from transformers import (
     GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -66,6 +70,8 @@ SIZES = {
 }
 ARCHITECTURES: dict[str, Callable[..., torch.nn.Module]] = {
     "llama": lambda **kw: LlamaForCausalLM(LlamaConfig(**{**SIZES, **kw})),
+    "qwen2": lambda **kw: Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **kw})),
+    "phi3": lambda **kw: Phi3ForCausalLM(Phi3Config(**{**SIZES, "pad_token_id": 1, **kw})),
     "qwen3": lambda **kw: Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **kw})),
     "mistral": lambda **kw: MistralForCausalLM(MistralConfig(**{**SIZES, "sliding_window": 6, **kw})),
     "gemma3": lambda **kw: Gemma3ForCausalLM(

@@ -60,7 +60,7 @@ def export(
     if format == "stock":
         check_stock(model)
     elif format == "alora":
-        check_activated(gem)
+        check_activated(model)
     with _all_or_nothing(Path(path)) as folder, gem.as_saved():
         if gguf is not None:
             save_activated(model, Path(gguf), folder)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 
 from ..cards.card_data import render_card
@@ -34,6 +35,10 @@ ARCHITECTURES = {
 }
 """Kinds of model, and what llama.cpp calls them, of which the converter's layout of weights is known here."""
 
+NUM_SENT = 2
+"""How often texts for llama.cpp's server end in the GEM token. It has an adapter act from one token before the last of
+them, ``invocation_start - 1`` in server-context.cpp; the state is that of the first."""
+
 NUM_ROWS = 16
 """Rows of each weight that are compared with the file's."""
 
@@ -52,12 +57,15 @@ def import_gguf() -> Any:
     return importlib.import_module("gguf")
 
 
-def check_activated(gem: Any) -> None:
+def check_activated(model: SentenceTransformer) -> None:
     """Make sure that a model is an activated LoRA.
 
     Raises:
         ValueError: If it is not, with the reason.
     """
+    gem = require_gem(model)
+    if others := [type(module).__name__ for module in list(model)[1:] if type(module) is not Normalize]:
+        raise ValueError(f"Behind the GEM module there is {' and '.join(others)}, which llama.cpp has no place for.")
     if not gem.freeze_base:
         raise ValueError(
             "An adapter for llama.cpp leaves the base as it is, but this model was trained in full mode. Use "
@@ -170,32 +178,50 @@ USE = """## Use with llama.cpp
 `{adapter}` goes beside `{base}` (SHA-256 `{sha256}`), which stays as it is: one server answers as before, and embeds.
 
 ```bash
-llama-server -m {base} --lora {adapter} --embeddings --pooling last -b {longest} -ub {longest}
-curl localhost:8080/v1/embeddings -d '{{"input": "The train to the city is late.{token}"}}'
+llama-server -m {base} --lora {adapter} --embeddings --pooling cls -np 1 -b {longest} -ub {longest}
+curl localhost:8080/v1/embeddings -d '{{"input": "The train to the city is late.{end}"}}'
 curl localhost:8080/v1/chat/completions -d '{{"messages": [{{"role": "user", "content": "Where is the train?"}}]}}'
 ```
 
 ```python
+import json
+
+import numpy as np
 from openai import OpenAI
 
 client = OpenAI(base_url="http://localhost:8080/v1", api_key="-")
-texts = ["The train to the city is late.", "We waited an hour at the station."]
-result = client.embeddings.create(model="-", input=[text + "{token}" for text in texts])
-vectors = [row.embedding for row in result.data]
+
+
+def embed(texts):
+    rows = client.embeddings.create(model="-", input=[text + "{end}" for text in texts]).data
+    return np.array([row.embedding for row in rows])
+
+
+known = json.load(open("{vectors}"))
+expected = np.array(known["vectors"])
+cosines = (embed(known["texts"]) * expected).sum(axis=1) / np.linalg.norm(expected, axis=1)
+assert cosines.min() > 0.98, f"These are not the vectors of this model: {{cosines}}"
 ```
 
-- **Every text ends in `{token}`**, the GEM token: from it on the adapter acts. Without it the vector is the base's,
-  which is not of this model. `-b` and `-ub` have to hold the longest text.
+- **Every text ends in `{end}`**, the GEM token twice. Without it the vector is the base's, which is not of this model,
+  and the server says nothing. `-b` and `-ub` have to hold the longest text: the server cuts none, as Python does from
+  {cut} tokens on.
+- Why twice, and `--pooling cls`: up to now llama.cpp's server has such an adapter act from one token too early. The
+  first of the two is then where it has to begin, and `cls` takes its state; the second has no influence on it.
+- Why `-np 1`: with more slots, of texts that are embedded at the same time one may get a wrong vector.
+- **Run the lines above after each update of llama.cpp.** Once it has been mended they will fail: then end texts in one
+  `{token}`, use `--pooling last`, and run them again.
 - Answers are the base's as long as no message spells `{token}`. Where one may, send chat requests
   with `"lora": [{{"id": 0, "scale": 0}}]`.
-- Compare before you rely on it: up to now llama.cpp's server has the adapter act from one token before the GEM token.
-  Vectors of texts of ten tokens or more are close to ours (cosines of 0.99 or more), of one or two tokens they are not.
-  Send one text a request: in a large one, a text has been seen to get a wrong vector.
 - Ollama's `ADAPTER` line is not for this file: it puts an adapter on every token, so that answers change, and vectors
   are wrong.
-- `{vectors}` holds texts and their vectors as computed in {dtype}; compare with what your server gives.
+- `{vectors}` holds texts and their vectors as computed in {dtype}.
 {prompts}
 """
+
+
+TEXTS = [*REFERENCE_TEXTS, "Train", "Late."]
+"""With texts of one word, whose vectors differ most if the adapter acts on their last token."""
 
 
 def save_activated(model: SentenceTransformer, base_file: Path, folder: Path) -> None:
@@ -214,16 +240,20 @@ def save_activated(model: SentenceTransformer, base_file: Path, folder: Path) ->
         adapter=ADAPTER_FILE,
         base=base_file.name,
         sha256=hash_file(base_file),
+        cut=gem.max_seq_length,
         longest=min(max(gem.max_seq_length, 512), 2048),
         token=token,
+        end=token * NUM_SENT,
         vectors=VECTORS_FILE,
         dtype=dtype,
         prompts="\n".join(prompts),
     )
     card = render_card(model)
     (folder / CARD).write_text(card.replace("## Use\n", f"{use}\n## Use in Python\n", 1), encoding="utf-8")
-    vectors = model.encode(REFERENCE_TEXTS, show_progress_bar=False).tolist()
-    write_json(folder / VECTORS_FILE, {"texts": REFERENCE_TEXTS, "gem_token": token, "vectors": vectors})
+    places = gem.max_seq_length - gem.num_gem_tokens
+    texts = [text for text, ids in zip(TEXTS, gem.base.text.encode(TEXTS), strict=True) if len(ids) <= places]
+    vectors = model.encode(texts, show_progress_bar=False).tolist()
+    write_json(folder / VECTORS_FILE, {"texts": texts, "end": token * NUM_SENT, "vectors": vectors})
 
 
 def write_adapter(gem: Any, base_file: Path, folder: Path) -> None:

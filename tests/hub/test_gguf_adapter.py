@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.modules import Dense
 from typer.testing import CliRunner
 
 from gem_st.cli import app
@@ -38,6 +39,8 @@ SIZES = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
         ("llama", "llama", "Q8_0"),
         ("mistral", "llama", "Q4_1"),
         ("qwen3", "qwen3", "F16"),
+        ("qwen2", "qwen2", "Q5_1"),
+        ("phi3", "phi3", "Q8_0"),
         ("gemma3", "gemma3", "Q4_0"),
     ],
 )
@@ -57,16 +60,20 @@ def test_products_are_those_of_the_lora(make, tmp_path, architecture, kind, quan
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     layers = {name: layer for name, layer in gem.gem_model.named_modules() if hasattr(layer, "lora_A")}
     assert len(tensors) == 2 * len(layers)
-    layer = gem.gem_model.model.layers[1].self_attn.q_proj
-    first, second = (tensors[f"blk.1.attn_q.weight.lora_{part}"] for part in "ab")
+    attention = gem.gem_model.model.layers[1].self_attn
+    layer, place = (attention.qkv_proj, "attn_qkv") if kind == "phi3" else (attention.q_proj, "attn_q")
+    first, second = (tensors[f"blk.1.{place}.weight.lora_{part}"] for part in "ab")
     expected = layer.get_delta_weight("default").detach().numpy()
     if kind == "llama":
         expected = expected.reshape(4, 2, 8, 64).swapaxes(1, 2).reshape(64, 64)
     assert np.allclose(alpha / len(first) * second @ first, expected, atol=1e-5)
     readme = (folder / "README.md").read_text()
-    assert "llama-server -m base.gguf --lora gem-adapter.gguf --embeddings --pooling last -b 512 -ub 512" in readme
-    assert gem.gem_tokens.names[0] in readme
+    line = "llama-server -m base.gguf --lora gem-adapter.gguf --embeddings --pooling cls -np 1 -b 512 -ub 512"
+    assert line in readme
     saved = json.loads((folder / "reference_vectors.json").read_text())
+    assert saved["end"] == 2 * gem.gem_tokens.names[0]
+    assert f'"The train to the city is late.{saved["end"]}"' in readme
+    assert "Train" in saved["texts"]  # of one token, the text that tells most
     assert np.allclose(model.encode(saved["texts"]), saved["vectors"], atol=1e-6)
 
 
@@ -102,6 +109,8 @@ def test_models_that_are_no_activated_lora_are_refused(make, make_model, tmp_pat
         "more than products of two": make(lora_kwargs={"modules_to_save": ["input_layernorm"]}),
         "stores the weights of gpt_neo": make(architecture="gpt_neo"),
     }
+    cases["there is Dense"] = make()
+    cases["there is Dense"].append(Dense(32, 8, module_input_name="sentence_embedding"))
     path = write_gguf(make()[0], tmp_path / "base.gguf", "llama")
     for message, model in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -109,6 +118,15 @@ def test_models_that_are_no_activated_lora_are_refused(make, make_model, tmp_pat
     for options in ({"format": "alora"}, {"format": "gem", "gguf": path}):
         with pytest.raises(ValueError, match='format="alora" needs gguf='):
             export(make(), tmp_path / "out", **options)
+
+
+def test_texts_that_are_cut_are_none_to_compare_with(make, tmp_path):
+    """The server cuts none."""
+    model = make(max_seq_length=20, **SIZES)
+    folder = export(model, tmp_path / "out", format="alora", gguf=write_gguf(model[0], tmp_path / "base.gguf"))
+    texts = json.loads((folder / "reference_vectors.json").read_text())["texts"]
+    assert {"", "Train", "Late."} <= {*texts}
+    assert all(len(model.tokenizer(text)["input_ids"]) < 20 for text in texts)
 
 
 def test_the_command_line(make, tmp_path):
