@@ -69,8 +69,9 @@ constraints: test-newest ## Make constraints.txt of today's releases, if their t
 compatibility: ## Make docs/compatibility.md of the runs that were noted
 	$(PYTHON) .ci/versions.py page > docs/compatibility.new && mv docs/compatibility.new docs/compatibility.md
 
-# Engines need packages that exclude each other, hence an environment each; llama-cpp-python is compiled.
-test-engines: setup ## Serve a stock export with ONNX Runtime, OpenVINO and llama.cpp and compare vectors (10 minutes)
+# Engines need packages that exclude each other, hence an environment each. Of llama-cpp-python only the sources are
+# taken, for llama.cpp's converter of checkpoints.
+test-engines: setup ## Serve checkpoints with ONNX Runtime, OpenVINO and llama.cpp and compare vectors (15 minutes)
 	rm -rf runs/engines
 	$(BIN)/python benchmarks/engines.py --engine torch
 	$(PYTHON) -m venv .venv-onnx
@@ -81,11 +82,12 @@ test-engines: setup ## Serve a stock export with ONNX Runtime, OpenVINO and llam
 	.venv-openvino/bin/pip uninstall --quiet --yes torchvision  # a build for other torch than this one
 	.venv-openvino/bin/python benchmarks/engines.py --engine openvino
 	$(PYTHON) -m venv .venv-llama
-	.venv-llama/bin/pip install --quiet $$(grep '^torch==' constraints.txt) 'sentence-transformers>=6' gguf sentencepiece llama-cpp-python
+	.venv-llama/bin/pip install --quiet $$(grep '^torch==' constraints.txt) 'sentence-transformers>=6' gguf sentencepiece xllamacpp
 	.venv-llama/bin/pip download --quiet --no-deps --no-binary :all: --dest runs/engines llama-cpp-python
 	mkdir runs/engines/source && tar -xf runs/engines/llama_cpp_python-*.tar.gz -C runs/engines/source --strip-components 1
 	.venv-llama/bin/python benchmarks/engines.py --engine llama.cpp --llama-cpp runs/engines/source/vendor/llama.cpp
 	.venv-llama/bin/python benchmarks/engines.py --engine llama.cpp --llama-cpp runs/engines/source/vendor/llama.cpp --outtype f16
+	$(BIN)/python benchmarks/llama_cpp.py
 
 test-neighbours: setup ## Run Sentence Transformers' own tests with a GEM model in place of theirs; clones github.com
 	rm -rf runs/sentence-transformers

@@ -3,13 +3,13 @@
     python benchmarks/engines.py                  # with gem_st: makes runs/engines/stock and its reference
     ONNX/bin/python benchmarks/engines.py --engine onnx
     OPENVINO/bin/python benchmarks/engines.py --engine openvino
-    LLAMA/bin/python benchmarks/engines.py --engine llama.cpp --llama-cpp PATH/TO/llama.cpp
+    LLAMA/bin/python benchmarks/engines.py --engine llama.cpp --llama-cpp PATH/TO/llama.cpp    # for its converter
 
 Engines need packages that exclude each other, hence a virtual environment each, in which gem_st is not needed:
 
     pip install "sentence-transformers[onnx]<6"         # optimum-onnx needs transformers 4
     pip install "sentence-transformers[openvino]>=6"    # torch and torchvision from one index: both for the CPU, say
-    pip install "sentence-transformers>=6" llama-cpp-python gguf sentencepiece
+    pip install "sentence-transformers>=6" xllamacpp gguf sentencepiece
 
 Without --engine, all run whose packages are there. Exit status 1 if an engine's smallest cosine is below its bound.
 The run that finds no reference writes it: let that be one where gem_st is, also for a --checkpoint of your own, as an
@@ -29,6 +29,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -223,19 +224,19 @@ def graph_config(source: Path, backend: str) -> Any:
 
 
 def run_llama_cpp(checkpoint: Path, reference: Reference, args: argparse.Namespace) -> list[Row]:
+    from llama_server import Server
+
     path = gguf_path(checkpoint, args)
     if not path.exists():
         convert(checkpoint, path, args)
-    check_vocabulary(checkpoint, path)
+    server = Server(path, context=max(map(len, reference.ids)) + NUM_NEW_TOKENS)
+    check_vocabulary(checkpoint, server)
     gem_token_id = reference.ids[0][-1]
-    embedder = load_embedder(path, gem_token_id, max(map(len, reference.ids)))
-    ids = [embedder.tokenize(text.encode()) for text in reference.texts]
-    vectors = embedder.embed(reference.texts)
-    embedder.close()
-    generator = load_llama(path, NUM_NEW_TOKENS + max(len(prompt.encode()) + 1 for prompt in reference.prompts))
+    tokenized = [server.post("/tokenize", content=text, add_special=True)["tokens"] for text in reference.texts]
+    ids = [[*row, gem_token_id] for row in tokenized]
+    vectors = server.embed([[text, gem_token_id] for text in reference.texts])
     expected = reference.generated
-    written = [generate(generator, *pair) for pair in zip(reference.prompts, map(len, expected), strict=True)]
-    generator.close()
+    written = [generate(server, *pair) for pair in zip(reference.prompts, map(len, expected), strict=True)]
     same_ids, same_text = count_equal(ids, reference.ids), count_equal(written, expected)
     return [Row(f"llama.cpp, {args.outtype}", vectors, 0.99, same_ids, same_text)]
 
@@ -244,35 +245,20 @@ def gguf_path(checkpoint: Path, args: argparse.Namespace) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}-{args.outtype}.gguf")
 
 
-def load_llama(path: Path, num_tokens: int, **kwargs: Any) -> Any:
-    from llama_cpp import Llama
-
-    return Llama(str(path), n_ctx=num_tokens, n_batch=num_tokens, n_ubatch=num_tokens, verbose=False, **kwargs)
-
-
-def load_embedder(path: Path, gem_token_id: int, num_tokens: int) -> Any:
-    """The same file, read as if the GEM token ended every text: it holds the clean tokenizer of the generator."""
-    from llama_cpp import LLAMA_POOLING_TYPE_LAST
-
-    appended = {"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.eos_token_id": gem_token_id}
-    kwargs = {"embedding": True, "pooling_type": LLAMA_POOLING_TYPE_LAST, "kv_overrides": appended}
-    return load_llama(path, num_tokens, **kwargs)
-
-
-def check_vocabulary(checkpoint: Path, path: Path) -> None:
+def check_vocabulary(checkpoint: Path, server: Any) -> None:
     num_rows = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    vocabulary = load_llama(path, 512, vocab_only=True)
-    if vocabulary.n_vocab() != num_rows:
+    with urllib.request.urlopen(f"{server.server.listening_address}/v1/models") as answer:
+        num_tokens = json.load(answer)["data"][0]["meta"]["n_vocab"]
+    if num_tokens != num_rows:
         raise CannotRunError(
-            f"the converter found {vocabulary.n_vocab()} tokens for {num_rows} rows of the embedding; a tokenizer made "
+            f"the converter found {num_tokens} tokens for {num_rows} rows of the embedding; a tokenizer made "
             "with SentencePiece needs the base's tokenizer.model in the export"
         )
 
 
-def generate(model: Any, prompt: str, num_tokens: int) -> list[int]:
-    ids = model.tokenize(prompt.encode(), special=True)
-    tokens = model.generate(ids, temp=0.0, repeat_penalty=1.0)
-    return [next(tokens) for _ in range(num_tokens)]
+def generate(server: Any, prompt: str, num_tokens: int) -> list[int]:
+    options = {"n_predict": num_tokens, "temperature": 0, "repeat_penalty": 1.0, "return_tokens": True}
+    return server.post("/completion", prompt=prompt, ignore_eos=True, **options)["tokens"]
 
 
 def convert(checkpoint: Path, path: Path, args: argparse.Namespace) -> None:
@@ -322,7 +308,7 @@ ENGINES: dict[str, tuple[Callable[..., list[Row]], tuple[str, ...]]] = {
     "torch": (run_torch, ()),
     "onnx": (run_onnx, ("optimum", "optimum.onnxruntime", "onnxruntime")),
     "openvino": (run_openvino, ("optimum", "optimum.intel", "openvino")),
-    "llama.cpp": (run_llama_cpp, ("llama_cpp",)),
+    "llama.cpp": (run_llama_cpp, ("xllamacpp", "gguf", "sentencepiece")),
 }
 
 

@@ -192,6 +192,7 @@ def build(settings: Settings, mode: str) -> SentenceTransformer:
         num_gem_tokens=settings.num_gem_tokens,
         freeze_base=is_frozen,
         lora_rank=settings.lora_rank if is_frozen else None,
+        gem_tokens="trained" if is_frozen else None,  # as what README.md reports was measured
         max_seq_length=settings.max_length,
         model_kwargs={"dtype": settings.dtype if is_frozen else "float32"},
     )

@@ -140,7 +140,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     ) -> Path:
         tokenizer = build_tokenizer(num_reserved, chat_template)
         config.setdefault("vocab_size", max(tokenizer.get_vocab().values()) + 1)
-        key = (architecture, num_reserved, chat_template, dtype, *sorted(config.items()))
+        key = (architecture, num_reserved, chat_template, dtype, repr(sorted(config.items())))
         if key not in made:
             torch.manual_seed(0)
             folder = tmp_path_factory.mktemp(architecture)

@@ -23,7 +23,8 @@ def write_gguf(
         tokens: Other names of the tokens.
     """
     config, tokenizer, writer = gem.model.config, gem.tokenizer, gguf.GGUFWriter(path, kind)
-    vocabulary = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    named = sorted((row, token) for token, row in tokenizer.get_vocab().items())
+    vocabulary = [token for row, token in named if row < config.vocab_size]  # one to pad with may have no row
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -34,6 +35,10 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim or config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(config.rope_parameters.get("rope_theta", 1e4))
+    writer.add_key_length(config.head_dim or config.hidden_size // config.num_attention_heads)
+    writer.add_value_length(config.head_dim or config.hidden_size // config.num_attention_heads)
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -42,6 +47,7 @@ def write_gguf(
     writer.add_token_types([types.CONTROL if token in special else types.NORMAL for token in vocabulary])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_add_bos_token(True)
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     if tokenizer.chat_template:
@@ -54,6 +60,8 @@ def write_gguf(
         if heads and kind == "llama":
             pairs = values.reshape(heads, 2, len(values) // heads // 2, -1)
             values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+        if kind == "gemma3" and place.endswith("norm"):
+            values = values + 1
         found = names.get_name(place)
         if found is not None and (name != "lm_head.weight" or not config.tie_word_embeddings):
             data = gguf.quantize(values, quantization) if values.ndim > 1 else values

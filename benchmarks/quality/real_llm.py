@@ -74,7 +74,7 @@ def build_gem(args: argparse.Namespace, base: str, num_gem_tokens: int) -> Sente
         freeze_base=is_frozen,
         lora_rank=args.lora_rank if is_frozen else None,
         lora_kwargs=lora,
-        gem_tokens=args.gem_tokens,
+        gem_tokens=(args.gem_tokens or "trained") if args.mode == "frozen" else None,
         max_seq_length=args.max_length,
         model_kwargs={"dtype": args.dtype} if is_frozen else {},
     )
@@ -235,7 +235,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument("--lora-alpha", type=int, help="8 times the rank")
     parser.add_argument("--lora", type=json.loads, default={}, help="JSON, for LoraConfig")
-    parser.add_argument("--gem-tokens", help="reserved: rows of existing tokens, not trained")
+    parser.add_argument("--gem-tokens", help="reserved: rows of existing tokens; trained by default")
     parser.add_argument("--keep-rows", action="store_true", help="do not train the GEM tokens' embeddings")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=64)

@@ -142,9 +142,12 @@ class GgufBase:
 
     def check_vocabulary(self, gem: Any) -> None:
         """Raise if the file's vocabulary is another one."""
-        tokens, num_tokens = self.read("tokenizer.ggml.tokens") or [], max(gem.tokenizer.get_vocab().values()) + 1
+        tokens, num_rows = self.read("tokenizer.ggml.tokens") or [], len(gem.model.get_input_embeddings().weight)
+        # A token without a row, such as one to pad with, is never read.
+        num_tokens = max(row for row in gem.tokenizer.get_vocab().values() if row < num_rows) + 1
         # Bytes and spaces are written otherwise; names of special tokens are not.
-        special = {str(token): row for row, token in gem.tokenizer.added_tokens_decoder.items() if token.special}
+        added = gem.tokenizer.added_tokens_decoder.items()
+        special = {str(token): row for row, token in added if token.special and row < num_rows}
         special[gem.gem_tokens.names[0]] = gem.gem_tokens.row_ids[0]
         differing = [name for name, row in special.items() if row >= len(tokens) or tokens[row] != name]
         if differing or len(tokens) < num_tokens:
@@ -178,7 +181,7 @@ USE = """## Use with llama.cpp
 `{adapter}` goes beside `{base}` (SHA-256 `{sha256}`), which stays as it is: one server answers as before, and embeds.
 
 ```bash
-llama-server -m {base} --lora {adapter} --embeddings --pooling cls -np 1 -b {longest} -ub {longest}
+llama-server -m {base} --lora {adapter} --embeddings --pooling cls -np 1 -b {longest} -ub {longest}{window}
 curl localhost:8080/v1/embeddings -d '{{"input": "The train to the city is late.{end}"}}'
 curl localhost:8080/v1/chat/completions -d '{{"messages": [{{"role": "user", "content": "Where is the train?"}}]}}'
 ```
@@ -211,7 +214,7 @@ assert cosines.min() > 0.98, f"These are not the vectors of this model: {{cosine
 - Why `-np 1`: with more slots, of texts that are embedded at the same time one may get a wrong vector.
 - **Run the lines above after each update of llama.cpp.** Once it has been mended they will fail: then end texts in one
   `{token}`, use `--pooling last`, and run them again.
-- Answers are the base's as long as no message spells `{token}`. Where one may, send chat requests
+{about_window}- Answers are the base's as long as no message spells `{token}`. Where one may, send chat requests
   with `"lora": [{{"id": 0, "scale": 0}}]`.
 - Ollama's `ADAPTER` line is not for this file: it puts an adapter on every token, so that answers change, and vectors
   are wrong.
@@ -219,6 +222,10 @@ assert cosines.min() > 0.98, f"These are not the vectors of this model: {{cosine
 {prompts}
 """
 
+
+ABOUT_WINDOW = """- Why `--swa-full`: the base has a sliding window. Without it llama.cpp's server may answer otherwise
+  after it has embedded, with an adapter or without.
+"""
 
 TEXTS = [*REFERENCE_TEXTS, "Train", "Late."]
 """With texts of one word, whose vectors differ most if the adapter acts on their last token."""
@@ -233,7 +240,8 @@ def save_activated(model: SentenceTransformer, base_file: Path, folder: Path) ->
         folder: Where to write.
     """
     gem = require_gem(model)
-    write_adapter(gem, base_file, folder)
+    base = write_adapter(gem, base_file, folder)
+    has_window = bool(base.read(f"{base.architecture}.attention.sliding_window"))
     token, dtype = gem.gem_tokens.names[0], str(gem.model.dtype).removeprefix("torch.")
     prompts = [f"- Prompt `{name}`: put {text!r} before the text." for name, text in model.prompts.items() if text]
     use = USE.format(
@@ -241,6 +249,8 @@ def save_activated(model: SentenceTransformer, base_file: Path, folder: Path) ->
         base=base_file.name,
         sha256=hash_file(base_file),
         cut=gem.max_seq_length,
+        window=" --swa-full" if has_window else "",
+        about_window=ABOUT_WINDOW if has_window else "",
         longest=min(max(gem.max_seq_length, 512), 2048),
         token=token,
         end=token * NUM_SENT,
@@ -256,8 +266,8 @@ def save_activated(model: SentenceTransformer, base_file: Path, folder: Path) ->
     write_json(folder / VECTORS_FILE, {"texts": texts, "end": token * NUM_SENT, "vectors": vectors})
 
 
-def write_adapter(gem: Any, base_file: Path, folder: Path) -> None:
-    """Write :data:`ADAPTER_FILE` for one GGUF file of the base.
+def write_adapter(gem: Any, base_file: Path, folder: Path) -> GgufBase:
+    """Write :data:`ADAPTER_FILE` for one GGUF file of the base, which is given back.
 
     Args:
         gem: A model that :func:`check_activated` lets pass.
@@ -290,3 +300,4 @@ def write_adapter(gem: Any, base_file: Path, folder: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return base

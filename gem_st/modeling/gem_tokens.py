@@ -15,9 +15,12 @@ from .gem_mask import GEM
 from .gem_text import ids_around
 
 POOLING_MODES = ("mean", "concat")
-RESERVED = "reserved"
+RESERVED, TRAINED = "reserved", "trained"
 RESERVED_TOKEN = re.compile(r"^[<\[>{]\W*(reserved|unused|place.?holder).*\d\W*$", re.IGNORECASE)
 """Names of vocabulary entries set aside by a model's authors, such as ``<|reserved_special_token_9|>``."""
+
+LEAST_SIZE = 0.1
+"""Rows that are shorter than this share of the median row were never trained, and are taken by name only."""
 
 
 class GemTokens:
@@ -83,55 +86,67 @@ def claim_gem_tokens(base: GemBase, num_gem_tokens: int, is_frozen: bool) -> tup
 
 
 def find_existing_tokens(base: GemBase, asked: str | Sequence[str] | None, num_gem_tokens: int) -> list[str] | None:
-    """Tokens of a base's vocabulary that can serve as GEM tokens with their rows as they are; None if none are asked.
+    """Tokens of a vocabulary that can serve as GEM tokens with their rows as they are; None for rows of their own.
 
     Their ids in rows of tokens are others, beyond the vocabulary, so that a text may spell their names.
 
     Args:
         base: The base.
         asked: ``"reserved"``, for those set aside by the model's authors or, where there are too few, other special
-            tokens that nothing uses, last ones first; or the names.
+            tokens that nothing uses, last ones first; or the names; or ``"trained"``. By default reserved ones, if
+            there are enough whose rows were trained.
         num_gem_tokens: K.
 
     Raises:
         ValueError: If there are not K, or one is a token that the model, its tokenizer or its chat template uses.
     """
-    if asked is None:
+    if asked == TRAINED:
         return None
-    free = free_special_tokens(base)
     if isinstance(asked, str) and asked != RESERVED:
-        raise ValueError(f"gem_tokens is {RESERVED!r} or a list of {num_gem_tokens} tokens, got {asked!r}.")
-    names = free[:num_gem_tokens] if isinstance(asked, str) else [*asked]
+        raise ValueError(f"gem_tokens is {RESERVED!r}, {TRAINED!r} or {num_gem_tokens} names of tokens, got {asked!r}.")
+    free = free_special_tokens(base)
+    if asked is None:
+        names = [name for name, is_trained in free.items() if is_trained][:num_gem_tokens]
+        return names if len(names) == num_gem_tokens else None
+    names = [*free][:num_gem_tokens] if isinstance(asked, str) else [*asked]
     if not {*names} <= {*free} or not len({*names}) == len(names) == num_gem_tokens:
         raise ValueError(
             f"num_gem_tokens={num_gem_tokens} needs as many special tokens that differ, and that neither the model nor "
             f"its tokenizer nor its chat template uses, but gem_tokens={asked!r} gives {names}. There are {len(free)}: "
-            f"{free[:8]}. Without gem_tokens, rows of their own are trained."
+            f"{[*free][:8]}. With gem_tokens={TRAINED!r}, rows of their own are trained."
         )
     return names
 
 
-def free_special_tokens(base: GemBase) -> list[str]:
-    """Special tokens whose rows differ and that nothing uses, reserved ones first, and of these the last.
+def free_special_tokens(base: GemBase) -> dict[str, bool]:
+    """Special tokens whose rows differ and that nothing uses: trained ones first, then reserved ones, then the last.
 
     The model's configurations, the tokenizer and the chat template may use them.
+
+    Returns:
+        Whether a row is of the size of others, by name; one of nearly nothing was never trained
     """
     tokenizer: Any = base.text.tokenizer
-    rows, template = base.model.get_input_embeddings().weight, str(tokenizer.chat_template or "")
+    rows, template = base.model.get_input_embeddings().weight.detach(), str(tokenizer.chat_template or "")
     before, behind = ids_around(base.text.own_tokenizer)
     used = {*configured_ids(base.model), *before, *behind}
     named = {str(getattr(tokenizer, role)) for role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    found = [
-        (is_reserved, row, name)
+    free = {
+        name: row
         for name, row in tokenizer.get_vocab().items()
-        if ((is_reserved := bool(RESERVED_TOKEN.match(name))) or name in special)
+        if (name in special or RESERVED_TOKEN.match(name))
         and (row < len(rows) and row not in used and name not in named and name not in template)
-    ]
-    different: dict[bytes, str] = {}  # rows that were never trained may be alike
-    for _, row, name in sorted(found, reverse=True):
-        different.setdefault(rows[row].detach().float().cpu().numpy().tobytes(), name)
-    return [*different.values()]
+    }
+    if not free:
+        return {}
+    sizes = rows.norm(dim=-1, dtype=torch.float32)
+    least = LEAST_SIZE * float(sizes.median())
+    found = [(float(sizes[row]) >= least, bool(RESERVED_TOKEN.match(name)), row, name) for name, row in free.items()]
+    different: dict[bytes, tuple[str, bool]] = {}  # rows that were never trained may be alike
+    for is_trained, _, row, name in sorted(found, reverse=True):
+        different.setdefault(rows[row].float().cpu().numpy().tobytes(), (name, is_trained))
+    return dict(different.values())
 
 
 def make_gem_rows(base: GemBase, num_gem_tokens: int, is_new: bool) -> Tensor:

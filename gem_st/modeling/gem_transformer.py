@@ -87,8 +87,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
             computed. Its settings are read from a GEM checkpoint.
         lora_rank: Rank of that LoRA, 8 by default, on all linear layers; its ``lora_alpha`` is 8 times the rank.
         lora_kwargs: Further options of ``peft.LoraConfig``, e.g. ``{"lora_dropout": 0.1}``.
-        gem_tokens: Beside a frozen base, existing tokens whose rows are the GEM tokens', untouched: ``"reserved"``, or
-            K names of special tokens that nothing else uses. By default rows of their own are trained.
+        gem_tokens: Beside a frozen base, ``"reserved"``, existing tokens whose rows are the GEM tokens', untouched; K
+            names of such; or ``"trained"``, rows of their own. By default reserved ones where there are enough.
         model_kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``, e.g. ``{"dtype": torch.float32}``. With
             ``{"gguf_file": "x.gguf"}`` a checkpoint that is an adapter alone finds its base elsewhere.
         processor_kwargs: Passed to ``AutoTokenizer.from_pretrained``, e.g. ``{"padding_side": "left"}``.
@@ -170,7 +170,8 @@ class GemTransformer(LanguageMethods, InputModule):  # type: ignore[misc]  # a t
 
         named: Any = [saved.get(key) for key in ("gem_token_ids", "gem_token_source")]
         ids, source = named if saved else claim_gem_tokens(base, num_gem_tokens, freeze_base)
-        names = saved.get("gem_token_names") or find_existing_tokens(base, gem_tokens, num_gem_tokens)
+        is_new = freeze_base and not saved
+        names = find_existing_tokens(base, gem_tokens, num_gem_tokens) if is_new else saved.get("gem_token_names")
         self.gem_tokens = GemTokens(ids, source, pooling, base, self if freeze_base and not names else None, names)
         base.text.gem_token_ids = frozenset(ids)
         if source == "reserved":

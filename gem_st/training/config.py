@@ -119,7 +119,9 @@ class TrainConfig:
         None
     )
     gem_tokens: Annotated[
-        list[str] | None, "Of a frozen base: K special tokens whose rows are taken as they are, or reserved."
+        list[str] | None,
+        "Of a frozen base: K special tokens whose rows are taken as they are, or reserved, or trained, for rows of "
+        "their own; reserved where there are enough.",
     ] = None
     lora_rank: Annotated[int | None, "Rank of the LoRA; 8 of frozen, 32 of lora and qlora."] = None
     dtype: Annotated[

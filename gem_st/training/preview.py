@@ -233,7 +233,7 @@ def estimate_memory(config: TrainConfig, num_columns: int, length: float) -> dic
     trained = num_parameters
     if config.mode != "full":
         trained = sum((config.lora_rank or 0) * sum(shape) for shape in shapes)
-        trained += 0 if config.gem_tokens else config.num_gem_tokens * width
+        trained += 0 if config.gem_tokens not in (None, ["trained"]) else config.num_gem_tokens * width
 
     flowing, read, targets = count_tokens(config, num_columns, length)
     size = 4 if config.precision == "float32" else 2

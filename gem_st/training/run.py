@@ -297,7 +297,7 @@ def build_model(config: TrainConfig) -> SentenceTransformer:
         max_seq_length=config.max_length,
         freeze_base=config.mode == "frozen",
         lora_rank=config.lora_rank if config.mode == "frozen" else None,
-        gem_tokens="reserved" if config.gem_tokens == ["reserved"] else config.gem_tokens,
+        gem_tokens=config.gem_tokens[0] if config.gem_tokens in (["reserved"], ["trained"]) else config.gem_tokens,
         model_kwargs=model_kwargs,
         processor_kwargs=config.hub_kwargs,
         config_kwargs=config.hub_kwargs,

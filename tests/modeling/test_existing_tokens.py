@@ -106,7 +106,7 @@ def test_tokens_that_something_uses_are_refused(make):
     for names in ([NAMES[3]], ["<eos>"], ["the"], ["no such token"], NAMES[:2], [NAMES[0]] * 2):
         with pytest.raises(ValueError, match=r"needs as many special tokens.*There are 3"):
             make(chat_template=template, gem_tokens=names, num_gem_tokens=max(1, len(names) - 1))
-    with pytest.raises(ValueError, match="'reserved' or a list of 1"):
+    with pytest.raises(ValueError, match="'reserved', 'trained' or 1 names of tokens"):
         make(gem_tokens="unused")
     with pytest.raises(ValueError, match=r"needs as many special tokens.*There are 0"):
         make(num_reserved=0)
@@ -124,6 +124,21 @@ def test_tokens_with_equal_rows_count_once(make_base, tmp_path):
     base.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     gem = GemTransformer(str(tmp_path), num_gem_tokens=2, freeze_base=True, gem_tokens="reserved")
-    assert gem.gem_tokens.names == [NAMES[3], NAMES[0]]
+    assert gem.gem_tokens.names == [NAMES[0], NAMES[3]]
     with pytest.raises(ValueError, match="There are 2"):
         GemTransformer(str(tmp_path), num_gem_tokens=3, freeze_base=True, gem_tokens="reserved")
+    gem = GemTransformer(str(tmp_path), num_gem_tokens=2, freeze_base=True)
+    assert gem.gem_tokens.names is None, "by default a row of nothing is no GEM token's"
+
+
+def test_by_default_rows_are_existing_ones_where_there_are_enough(make, tmp_path):
+    assert make(gem_tokens=None)[0].gem_tokens.names == [NAMES[3]]
+    assert make(gem_tokens=None, num_gem_tokens=4)[0].gem_tokens.names == NAMES[::-1]
+    model = make(gem_tokens="trained")
+    for gem in (model[0], make(gem_tokens=None, num_gem_tokens=5)[0], make(gem_tokens=None, num_reserved=0)[0]):
+        assert gem.gem_tokens.names is None
+        assert gem.gem_embeddings.requires_grad
+    model.save_pretrained(str(tmp_path))  # as all checkpoints before there was a choice
+    again = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    assert again[0].gem_tokens.names is None
+    assert np.array_equal(again.encode(CORPUS), model.encode(CORPUS))
