@@ -104,7 +104,7 @@ def find_base(
     if has_base:
         return FoundBase(model_name_or_path, {}, base, revision)
     if gguf_file and is_local(base):
-        base = str(Path(gguf_file).resolve())
+        base = str(Path(gguf_file).absolute())  # a link of the Hub's cache leads to a file of another name
     source, file = split_gguf(base, gguf_file)
     options: dict[str, Any] = {"revision": revision, "subfolder": ""}
     try:
