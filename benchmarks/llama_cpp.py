@@ -93,7 +93,7 @@ def write_float16(source: Path, target: Path) -> None:
     writer.close()
 
 
-def measure(name: str, file: Path, folder: Path, model: SentenceTransformer, data: Path | None) -> dict[str, Any]:
+def measure(name: str, file: Path, folder: Path, model: SentenceTransformer, quality: Quality | None) -> dict[str, Any]:
     """All that is compared for one file."""
     (token,), adapter = model[0].gem_tokens.names, folder / "gem-adapter.gguf"
     end = json.loads((folder / "reference_vectors.json").read_text(encoding="utf-8"))["end"]
@@ -131,15 +131,31 @@ def measure(name: str, file: Path, folder: Path, model: SentenceTransformer, dat
     }
     result["passed"] = min(each[0] for each in result["cosines, least and median"].values()) >= BOUNDS[name]
     result["passed"] &= all(result["answers equal"].values())
-    if data is not None:
+    if quality is not None:
+        served = quality.score(Served(modules=[model[0]], device="cpu").use(server, end))
+        result["quality, ours and served"] = [quality.ours, served]
+        result["passed"] &= all(abs(value - served[key]) <= 0.01 for key, value in quality.ours.items())
+    return result
+
+
+class Quality:
+    """STS-B and titles of their test splits.
+
+    Args:
+        model: Ours, scored at once.
+        data: Where they are.
+    """
+
+    def __init__(self, model: SentenceTransformer, data: Path) -> None:
         from real_data import evaluators
+
+        self.evaluators = evaluators(["sts", "titles"], data, "test")
+        self.ours = self.score(model)
+
+    def score(self, model: SentenceTransformer) -> dict[str, float]:
         from real_llm import score
 
-        served = Served(modules=[model[0]], device="cpu").use(server, end)
-        found = evaluators(["sts", "titles"], data, "test")
-        scores = result["quality, ours and served"] = [score(each, found) for each in (model, served)]
-        result["passed"] &= all(abs(value - scores[1][key]) <= 0.01 for key, value in scores[0].items())
-    return result
+        return score(model, self.evaluators)
 
 
 def ask_for_memory(kind: str, file: Path, adapter: Path, end: str) -> int:
@@ -204,12 +220,13 @@ def main() -> int:
     model.max_seq_length = CONTEXT  # the server cuts nothing
     files = {"q4_1": Path(resolve_gguf(args.base)), "f16": args.output / "f16.gguf"}
     write_float16(files["q4_1"], files["f16"])
+    quality = Quality(model, args.data) if args.data else None
     passed = True
     for name, file in files.items():
         folder = args.output / name
         if not folder.exists():
             export(model, folder, format="alora", gguf=file)
-        result = measure(name, file, folder, model, args.data)
+        result = measure(name, file, folder, model, quality)
         print(name, json.dumps(result, indent=1), flush=True)
         versions = {**describe_versions(), "xllamacpp": version("xllamacpp")}
         with RESULTS.open("a", encoding="utf-8") as target:

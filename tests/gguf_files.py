@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ import numpy as np
 
 
 def write_gguf(
-    gem: Any, path: Path, kind: str = "llama", quantized: str = "F32", tokens: list[str] | None = None
+    gem: Any,
+    path: Path,
+    kind: str = "llama",
+    quantized: str = "F32",
+    tokens: list[str] | None = None,
+    then: Callable[[gguf.GGUFWriter], object] = bool,
 ) -> Path:
     """Write a GEM model's base: names of tensors, Llama's queries and keys in pairs, and all that a file says beside.
 
@@ -21,6 +27,7 @@ def write_gguf(
         kind: What llama.cpp calls the architecture.
         quantized: Type of the matrices.
         tokens: Other names of the tokens.
+        then: Is called with the writer in the end, for what else a file may say.
     """
     config, tokenizer, writer = gem.model.config, gem.tokenizer, gguf.GGUFWriter(path, kind)
     named = sorted((row, token) for token, row in tokenizer.get_vocab().items())
@@ -68,6 +75,7 @@ def write_gguf(
             writer.add_tensor(
                 f"{found}.{name.rpartition('.')[2]}", data, raw_dtype=quantization if values.ndim > 1 else None
             )
+    then(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

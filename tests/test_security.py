@@ -64,7 +64,16 @@ def test_nothing_reaches_out(path):
 @pytest.mark.parametrize("path", TRAVELLING, ids=name_of)
 def test_what_travels_imports_what_it_needs_only(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    needed = {"torch", "transformers", "sentence_transformers", "safetensors", "peft", "accelerate", "deepspeed"}
+    needed = {
+        "torch",
+        "transformers",
+        "sentence_transformers",
+        "safetensors",
+        "peft",
+        "accelerate",
+        "deepspeed",
+        "gguf",
+    }
     standard = {"__future__", "collections", "contextlib", "copy", "dataclasses", "functools", "hashlib", "importlib"}
     standard |= {
         "contextvars",

@@ -19,7 +19,8 @@ from transformers.utils import cached_file, logging
 
 from .._version import __version__
 from ..finding import require_gem
-from ..modeling.gem_files import is_local, split_gguf
+from ..modeling.gem_files import is_local
+from ..modeling.gem_gguf import split_gguf
 from ..modeling.gem_mask import gem_mask_function, gem_segments
 
 logger = logging.get_logger(__name__)
@@ -234,8 +235,8 @@ def _sections(text: str) -> dict[str, str]:
 
 def find_license(gem: Any, local_files_only: bool = False) -> str | None:
     """Licence in the card of a model's base, which lies in its folder or on the Hub; None if there is none."""
-    if not gem.base_model_name_or_path:
-        return None
+    if not gem.base_model_name_or_path or (gem.source.is_gguf and is_local(gem.base_model_name_or_path)):
+        return None  # what lies beside a file is not about it
     hub = {"revision": gem.base_model_revision, "local_files_only": local_files_only}
     source, _ = split_gguf(gem.base_model_name_or_path)
     try:

@@ -46,12 +46,14 @@ def export(
         from .. import hub
 
         hub.require_new(path)  # before a large model is loaded
+        base = str(hub.info(model, revision=revision, token=token)["base_model"]) if gguf else ""
+        is_elsewhere = base.endswith(".gguf") and not Path(base).exists()
         loaded: Any = hub.load(
             model,
             revision=revision,
             token=token,
             trust_remote_code=trust_remote_code,
-            model_kwargs={"dtype": dtype},
+            model_kwargs={"dtype": dtype, **({"gguf_file": str(gguf)} if is_elsewhere else {})},
         )
         if merge:
             from ..training.lora import merge_lora

@@ -23,7 +23,8 @@ from transformers.utils import logging
 from .. import hub
 from ..files import write_json, write_text
 from ..finding import find_gem
-from ..modeling.gem_files import is_local, split_gguf
+from ..modeling.gem_files import is_local
+from ..modeling.gem_gguf import name_pretrained
 from ..training.measures import describe_versions
 from .baselines import BASELINES, build_baseline, set_padding_token
 from .health import measure_health
@@ -237,9 +238,9 @@ class _Evaluation:
 
     def pretrained(self, name: str, revision: str | None) -> dict[str, Any]:
         """What ``from_pretrained`` gets for a model in a folder, on the Hub, or in a GGUF file of one of these."""
-        config, (source, file) = self.config, split_gguf(name)
+        config = self.config
         options = {"revision": revision, "token": config.token, "trust_remote_code": config.trust_remote_code}
-        return {"pretrained_model_name_or_path": source, **({"gguf_file": file} if file else {}), **options}
+        return {**name_pretrained(name), **options}
 
     def load_language_model(
         self, name: str, revision: str | None, device: torch.device

@@ -5,8 +5,6 @@ llama.cpp applies such an adapter from its invocation token on, which is what a 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from ..files import hash_file, write_json
 from ..finding import require_gem
 from ..modeling.gem_adapter import products_in
 from ..modeling.gem_checkpoint import active_adapter
+from ..modeling.gem_gguf import import_gguf, open_gguf
 from ..modeling.gem_tokens import RESERVED
 from .layout import CARD, REFERENCE_TEXTS
 
@@ -44,17 +43,6 @@ NUM_ROWS = 16
 
 ERROR_OF_BIT = 1.44
 """Relative error of a normally distributed block of 32 values cut to one bit; of b bits ``1.44 / (2^b - 1)``"""
-
-
-def import_gguf() -> Any:
-    """The `gguf` package.
-
-    Raises:
-        ImportError: If it is missing.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError("GGUF files need a package of llama.cpp's: pip install gguf")
-    return importlib.import_module("gguf")
 
 
 def check_activated(model: SentenceTransformer) -> None:
@@ -96,10 +84,7 @@ class GgufBase:
 
     def __init__(self, path: Path, model: Any) -> None:
         self.gguf, self.path, self.config = import_gguf(), path, model.config.get_text_config()
-        try:
-            self.reader = self.gguf.GGUFReader(path)
-        except (ValueError, IndexError) as error:
-            raise ValueError(f"{path} is no GGUF file, or was not downloaded completely: {error}") from error
+        self.reader = open_gguf(path)
         self.architecture = ARCHITECTURES.get(self.config.model_type, "")
         if not self.architecture:
             raise ValueError(
@@ -218,7 +203,7 @@ assert cosines.min() > 0.98, f"These are not the vectors of this model: {{cosine
   with `"lora": [{{"id": 0, "scale": 0}}]`.
 - Ollama's `ADAPTER` line is not for this file: it puts an adapter on every token, so that answers change, and vectors
   are wrong.
-- `{vectors}` holds texts and their vectors as computed in {dtype}.
+- `{vectors}` holds texts and their vectors without any prompt, as computed in {dtype}.
 {prompts}
 """
 
@@ -243,7 +228,12 @@ def save_activated(model: SentenceTransformer, base_file: Path, folder: Path) ->
     base = write_adapter(gem, base_file, folder)
     has_window = bool(base.read(f"{base.architecture}.attention.sliding_window"))
     token, dtype = gem.gem_tokens.names[0], str(gem.model.dtype).removeprefix("torch.")
-    prompts = [f"- Prompt `{name}`: put {text!r} before the text." for name, text in model.prompts.items() if text]
+    always = {model.default_prompt_name: ", as Python does unless told otherwise"}
+    prompts = [
+        f"- Prompt `{name}`: put {text!r} before the text{always.get(name, '')}."
+        for name, text in model.prompts.items()
+        if text
+    ]
     use = USE.format(
         adapter=ADAPTER_FILE,
         base=base_file.name,
@@ -251,7 +241,7 @@ def save_activated(model: SentenceTransformer, base_file: Path, folder: Path) ->
         cut=gem.max_seq_length,
         window=" --swa-full" if has_window else "",
         about_window=ABOUT_WINDOW if has_window else "",
-        longest=min(max(gem.max_seq_length, 512), 2048),
+        longest=max(gem.max_seq_length - 1 + NUM_SENT, 512),
         token=token,
         end=token * NUM_SENT,
         vectors=VECTORS_FILE,
@@ -262,7 +252,7 @@ def save_activated(model: SentenceTransformer, base_file: Path, folder: Path) ->
     (folder / CARD).write_text(card.replace("## Use\n", f"{use}\n## Use in Python\n", 1), encoding="utf-8")
     places = gem.max_seq_length - gem.num_gem_tokens
     texts = [text for text, ids in zip(TEXTS, gem.base.text.encode(TEXTS), strict=True) if len(ids) <= places]
-    vectors = model.encode(texts, show_progress_bar=False).tolist()
+    vectors = model.encode(texts, prompt="", show_progress_bar=False).tolist()
     write_json(folder / VECTORS_FILE, {"texts": texts, "end": token * NUM_SENT, "vectors": vectors})
 
 

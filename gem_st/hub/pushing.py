@@ -21,6 +21,7 @@ from ..cards.card_data import MODEL_ID, card_facts
 from ..files import read_json
 from ..finding import require_gem
 from ..modeling.gem_files import is_local
+from ..modeling.gem_gguf import split_gguf
 from .errors import check_id, translate_hub_errors
 from .exporting import export
 from .layout import CARD, OWN_FILES, REFERENCE_FILES, list_files
@@ -136,10 +137,10 @@ def _check_base_is_public(settings: dict[str, Any]) -> None:
     """Make sure that an adapter that goes to the Hub names its base by an id that others can fetch."""
     base = settings.get("base_model_name_or_path", "")
     if not settings.get("save_base", True) and is_local(base):
+        way = "" if split_gguf(base)[1] else ", or save it with its base: model[0].save_base = True"
         raise ValueError(
             f"The adapter names its base by a folder of this machine, {base}. Set model[0].base_model_name_or_path "
-            "(and base_model_revision) to the base's Hub id (of a GGUF file, owner/name/x.gguf), or save it with its "
-            "base: model[0].save_base = True."
+            f"(and base_model_revision) to the base's Hub id (of a GGUF file, owner/name/x.gguf){way}."
         )
 
 

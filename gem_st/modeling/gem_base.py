@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.cache_utils import DynamicCache
 
 from .gem_cache import GemCache, GemMemory, cache_name, expand_rows
+from .gem_gguf import check_gguf
 from .gem_mask import gem_attention_mask, gem_position_ids
 from .gem_own_tokenizer import copy_backend, with_backend
 from .gem_text import TextCodec
@@ -249,7 +250,9 @@ def load_causal_lm(model_name_or_path: str, model_kwargs: dict[str, Any], config
     has_remote_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not has_remote_code:
         raise ValueError(f"{model_name_or_path} ({config.model_type}) has no causal language-model head. {needed}")
-    if "gguf_file" in model_kwargs and hasattr(transformers, "GgufConfig"):  # from 5.24; before, none stayed in blocks
+    if "gguf_file" in config_kwargs:
+        check_gguf(config_kwargs["gguf_file"], config)
+    if "gguf_file" in config_kwargs and hasattr(transformers, "GgufConfig"):  # from 5.24; before, none stayed in blocks
         model_kwargs = {"quantization_config": transformers.GgufConfig(dequantize=True), **model_kwargs}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         model_name_or_path, config=config, output_loading_info=True, **model_kwargs

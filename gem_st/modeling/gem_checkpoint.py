@@ -138,7 +138,8 @@ def write_checkpoint(gem: Any, folder: Path, entry: str, **kwargs: Any) -> None:
         check_base_unchanged(gem.base, gem.source, gem.freeze_base)
     root, code = root_of(folder), code_files(entry)
     folder.mkdir(parents=True, exist_ok=True)
-    keeps_base = gem.mode != "full" and gem.source.folder.is_dir() and folder.samefile(gem.source.folder)
+    place = gem.source.folder.parent if gem.source.is_gguf else gem.source.folder
+    keeps_base = gem.mode != "full" and place.is_dir() and folder.samefile(place)
     _remove_parts(folder)
     part = Path(tempfile.mkdtemp(prefix=PART, dir=folder))
     try:

@@ -19,12 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
 from .gem_base import GemBase, load_causal_lm
+from .gem_gguf import find_gguf, split_gguf
 from .gem_own_tokenizer import copy_tokenizer
 
 logger = logging.get_logger(__name__)
-
-GGUF = ".gguf"
-"""How the names of llama.cpp's files end, which are config, tokenizer and weights in one."""
 
 VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 """Keys of a configuration that say nothing of the model."""
@@ -39,31 +37,14 @@ class BaseSource:
         fingerprint: Output of :func:`fingerprint_base`.
         use_cache: What its configuration says of caches, which trainers overwrite.
         num_writes: :meth:`GemBase.num_writes` when it had been loaded.
+        is_gguf: Whether it is a GGUF file.
     """
 
     folder: Path
     fingerprint: dict[str, str | None]
     use_cache: bool | None = None
     num_writes: int = 0
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the base is a GGUF file."""
-        return self.folder.suffix == GGUF
-
-
-def split_gguf(name: str, gguf_file: str | None = None) -> tuple[str, str | None]:
-    """Folder or Hub id, and the GGUF file in it, of a base that is one.
-
-    Args:
-        name: ``"folder/model.gguf"``, ``"org/name/model.gguf"``, or a folder or Hub id.
-        gguf_file: The file, if it is given apart, as transformers does; it may be a path of its own.
-    """
-    if gguf_file and Path(gguf_file).is_file():
-        name, gguf_file = gguf_file, None
-    if gguf_file is None and name.endswith(GGUF) and not Path(name).is_dir():
-        return str(Path(name).parent), Path(name).name
-    return name, gguf_file
+    is_gguf: bool = False
 
 
 class FoundBase(NamedTuple):
@@ -95,21 +76,29 @@ def find_base(
     if saved and has_base and gguf_file:
         raise ValueError(f"{model_name_or_path} is a GEM checkpoint that holds its base. Leave out gguf_file.")
     if not saved or (has_base and not is_frozen):
-        source, file = split_gguf(model_name_or_path, gguf_file)
+        source, file = (model_name_or_path, gguf_file) if gguf_file else split_gguf(model_name_or_path)
+        if file and hub_kwargs.get("subfolder"):
+            raise ValueError("Of a GGUF file the subfolder is part of its name: gguf_file='folder/model.gguf'.")
         name = str(Path(source).resolve() if Path(source).is_dir() else source)
         if file:
-            return FoundBase(source, {"gguf_file": file}, f"{name}/{file}", None)
+            path = find_gguf(source, file, **hub_kwargs)
+            return FoundBase(str(path.parent), {"gguf_file": str(path)}, f"{name}/{file}", None)
         return FoundBase(source, {}, name, None)
     base, revision = saved.get("base_model_name_or_path", ""), saved.get("base_model_revision")
     if has_base:
         return FoundBase(model_name_or_path, {}, base, revision)
+    if gguf_file and not Path(gguf_file).is_file():
+        raise ValueError(f"gguf_file={gguf_file!r} is not there; the base of {model_name_or_path} is {base!r}.")
     if gguf_file and is_local(base):
         base = str(Path(gguf_file).absolute())  # a link of the Hub's cache leads to a file of another name
-    source, file = split_gguf(base, gguf_file)
+    source, file = split_gguf(str(Path(gguf_file).absolute()) if gguf_file else base)
     options: dict[str, Any] = {"revision": revision, "subfolder": ""}
     try:
-        if cached_file(source, file or "config.json", **{**hub_kwargs, **options}) is None:
-            raise OSError(f"it has no {file or 'config.json'}.")  # of a folder, transformers does not say it
+        if file:
+            path = find_gguf(source, file, **{**hub_kwargs, **options})
+            return FoundBase(str(path.parent), {"gguf_file": str(path)}, base, revision)
+        if cached_file(source, "config.json", **{**hub_kwargs, **options}) is None:
+            raise OSError("it has no config.json.")  # of a folder, transformers does not say it
     except OSError as error:
         way = ', or pass model_kwargs={"gguf_file": "where/it/is.gguf"}' if file else ""
         raise ValueError(
@@ -118,21 +107,21 @@ def find_base(
             f"base_model_name_or_path in gem_config.json to where you keep it{way}."
         ) from error
     check_weight_maps(Path(source))
-    return FoundBase(source, {**options, "gguf_file": file} if file else options, base, revision)
+    return FoundBase(source, options, base, revision)
 
 
 def locate(found: FoundBase, base: GemBase, hub_kwargs: dict[str, Any]) -> tuple[BaseSource, str | None]:
     """Where the files of a loaded base are, and its commit on the Hub."""
     # In the Hub's cache files are links: their names lie in one folder, what they point to in another.
-    options = {**hub_kwargs, **found.load_kwargs}
-    file = options.pop("gguf_file", None)
-    path = Path(str(cached_file(found.load_from, file or "config.json", **options))).absolute()
-    folder = path if file else path.parent
+    file = found.load_kwargs.get("gguf_file")
+    path = Path(file or str(cached_file(found.load_from, "config.json", **{**hub_kwargs, **found.load_kwargs})))
+    folder = path if file else path.absolute().parent
     commit = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
-    is_named = found.revision is None and found.load_from == split_gguf(found.name)[0]
+    is_named = found.revision is None and (file or found.load_from == found.name)
     revision = commit[1] if commit and is_named else found.revision
     fingerprint = fingerprint_base(folder, base.text.tokenizer)
-    return BaseSource(folder, fingerprint, getattr(base.model.config, "use_cache", None)), revision
+    use_cache = getattr(base.model.config, "use_cache", None)
+    return BaseSource(folder, fingerprint, use_cache, is_gguf=file is not None), revision
 
 
 def is_local(base: str) -> bool:
@@ -181,12 +170,11 @@ def read_weights(folder: Path, *, sample: bool) -> Iterator[tuple[str, Tensor, A
                 yield name, weight[rows], rows
 
 
-def read_gguf(file: Path, *, sample: bool) -> Iterator[tuple[str, Tensor, Any]]:
-    """As :func:`read_weights`, of a GGUF file by loading it once more; of a sample nothing."""
-    if not sample:
-        options = {"gguf_file": file.name}
-        model = load_causal_lm(str(file.parent), options, options)
-        yield from ((name, weight, ...) for name, weight in model.named_parameters())
+def read_gguf(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Any]]:
+    """As :func:`read_weights`, of a GGUF file, by loading it once more."""
+    options = {"gguf_file": str(file)}
+    model = load_causal_lm(str(file.parent), {**options, "dtype": dtype}, options)
+    yield from ((name, weight, ...) for name, weight in model.named_parameters())
 
 
 def _sample_rows(shape: Sequence[int]) -> list[int]:
@@ -238,7 +226,7 @@ def fingerprint_base(
         tokenizer: Its tokenizer.
         added: A token that does not count.
     """
-    if folder.suffix == GGUF:
+    if folder.is_file():
         with open(folder, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             digest = hashlib.sha256(content).hexdigest()
         return {"config": None, "tokenizer": fingerprint_tokenizer(tokenizer, added), "weights": digest}
@@ -285,8 +273,12 @@ def check_base_unchanged(base: GemBase, source: BaseSource, is_frozen: bool) -> 
     # Some optimizers write without being counted, but only to what takes gradients.
     is_touched = base.num_writes() != source.num_writes
     is_touched |= any(weight.requires_grad for weight in base.model.parameters())
-    stored_weights = read_gguf if source.is_gguf else read_weights
-    for name, stored, rows in stored_weights(source.folder, sample=not is_touched):
+    stored_weights: Iterator[tuple[str, Tensor, Any]]
+    if source.is_gguf:
+        stored_weights = read_gguf(source.folder, base.model.dtype) if is_touched else iter(())
+    else:
+        stored_weights = read_weights(source.folder, sample=not is_touched)
+    for name, stored, rows in stored_weights:
         weight = weights.get(name)
         if weight is None or weight.is_meta or id(weight) in skipped or not weight.is_floating_point():
             continue  # quantised, on the disk, or named otherwise in memory

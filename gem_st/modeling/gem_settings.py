@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from .gem_gguf import split_gguf
 from .gem_tokens import POOLING_MODES
 
 CONFIG_FILE, ADAPTER_FOLDER = "gem_config.json", "gem_adapter"
@@ -121,7 +122,7 @@ def load_settings(load_config: Callable[..., Any], path: str, hub_kwargs: dict[s
     Raises:
         ValueError: If they cannot be.
     """
-    if path.endswith(".gguf") and not Path(path).is_dir():
+    if split_gguf(path)[1]:
         return {}  # a base in one file
     options = {name: hub_kwargs.get(name, default) for name, default in HUB_KWARGS.items() if name != "cache_dir"}
     saved = load_config(path, cache_folder=hub_kwargs.get("cache_dir"), **options)

@@ -140,7 +140,7 @@ def free_special_tokens(base: GemBase) -> dict[str, bool]:
     }
     if not free:
         return {}
-    sizes = rows.norm(dim=-1, dtype=torch.float32)
+    sizes = torch.cat([part.float().norm(dim=-1) for part in rows.split(4096)])
     least = LEAST_SIZE * float(sizes.median())
     found = [(float(sizes[row]) >= least, bool(RESERVED_TOKEN.match(name)), row, name) for name, row in free.items()]
     different: dict[bytes, tuple[str, bool]] = {}  # rows that were never trained may be alike

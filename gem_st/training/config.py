@@ -183,10 +183,9 @@ class TrainConfig:
     @property
     def pretrained(self) -> dict[str, Any]:
         """What ``from_pretrained`` of the base's config and tokenizer gets."""
-        from ..modeling.gem_files import split_gguf
+        from ..modeling.gem_gguf import name_pretrained
 
-        source, file = split_gguf(str(self.base))
-        return {"pretrained_model_name_or_path": source, **({"gguf_file": file} if file else {}), **self.hub_kwargs}
+        return {**name_pretrained(str(self.base)), **self.hub_kwargs}
 
     def check(self) -> None:
         """Make sure that the options are in range and fit each other; nothing is loaded.
@@ -450,6 +449,9 @@ def _check_combinations(config: TrainConfig) -> None:
         and config.lora_rank is not None,
         "gem_tokens are for the mode frozen; others train a row for each GEM token.": config.mode != "frozen"
         and config.gem_tokens is not None,
+        "qlora makes 4-bit weights of dense ones; a GGUF file has weights of its own. Use --mode frozen or lora.": (
+            config.mode == "qlora" and str(config.base).endswith(".gguf")
+        ),
         "dtype is set by qlora: 4-bit weights that compute in bfloat16.": config.mode == "qlora" and "dtype" in given,
         f"tasks {config.tasks} are of rows that are not plain, but plain_ratio is 1. Lower it: --plain-ratio 0.5.": (
             bool(config.tasks) and config.plain_ratio == 1

@@ -23,6 +23,7 @@ from ..instructions import task_prompts
 from ..losses import GemLoss
 from ..losses.dataset_checks import check_dataset
 from ..losses.schedules import AlphaSchedule, TwoPhaseLearningRate
+from ..modeling.gem_checkpoint import read_settings
 from ..modeling.gem_transformer import GemTransformer
 from .config import TrainConfig, load_config
 from .data import TrainData, as_texts, generate_texts, load_eval, load_source, read_texts, set_aside, write_texts
@@ -169,13 +170,20 @@ def check_folder(config: TrainConfig) -> None:
 def _check_same_training(config: TrainConfig) -> None:
     """Refuse to resume a training of another model, or of other data."""
     checkpoint = Path(str(last_checkpoint(config.folder)))
-    saved = json.loads((checkpoint / GemTransformer.config_file_name).read_text(encoding="utf-8"))
+    saved = read_settings(checkpoint)
     model = {
         "num_gem_tokens": config.num_gem_tokens,
         "pooling": config.pooling,
         "freeze_base": config.mode == "frozen",
     }
     _require_same(f"{checkpoint} was trained", saved, model)
+    names = saved.get("gem_token_names")
+    is_other = {"trained": names is not None, "reserved": names is None}
+    if config.gem_tokens and is_other.get(config.gem_tokens[0], config.gem_tokens != names):
+        raise ValueError(
+            f"{checkpoint} was trained with the rows of {names or 'GEM tokens of their own'}, not {config.gem_tokens}. "
+            "Resume without gem_tokens."
+        )
     if started := _load_state(config).get("settings"):
         settings = _reported(config)
         data = {name: settings.get(name) for name in DATA_SETTINGS}
@@ -290,6 +298,11 @@ def build_model(config: TrainConfig) -> SentenceTransformer:
         model_kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
+    gem_tokens: Any = config.gem_tokens
+    if config.resume and config.mode == "frozen":  # the default may have been another
+        gem_tokens = read_settings(Path(str(last_checkpoint(config.folder)))).get("gem_token_names") or ["trained"]
+    if gem_tokens in (["reserved"], ["trained"]):
+        gem_tokens = gem_tokens[0]
     gem = GemTransformer(
         str(config.base),
         num_gem_tokens=config.num_gem_tokens,
@@ -297,7 +310,7 @@ def build_model(config: TrainConfig) -> SentenceTransformer:
         max_seq_length=config.max_length,
         freeze_base=config.mode == "frozen",
         lora_rank=config.lora_rank if config.mode == "frozen" else None,
-        gem_tokens=config.gem_tokens[0] if config.gem_tokens in (["reserved"], ["trained"]) else config.gem_tokens,
+        gem_tokens=gem_tokens,
         model_kwargs=model_kwargs,
         processor_kwargs=config.hub_kwargs,
         config_kwargs=config.hub_kwargs,

@@ -423,6 +423,20 @@ def test_a_gguf_file_is_a_base(make_config, make_model, texts, tmp_path):
     assert model.encode(CORPUS).shape == (8, 64)
 
 
+def test_a_resumed_training_has_the_rows_it_was_started_with(make_config, make_base):
+    config = make_config(base=make_base(num_reserved=2), mode="frozen", gem_tokens=["trained"])
+    train(config)  # as it was by default before existing rows were
+    resumed = dataclasses.replace(config, gem_tokens=None, resume=True)
+    assert build(resumed)[0].gem_tokens.names is None
+    for gem_tokens in (["reserved"], ["<|reserved_special_token_0|>"]):
+        with pytest.raises(ValueError, match="Resume without gem_tokens"):
+            train(dataclasses.replace(resumed, gem_tokens=gem_tokens))
+    train(dataclasses.replace(config, gem_tokens=["<|reserved_special_token_0|>"], overwrite=True))
+    assert build(resumed)[0].gem_tokens.names == ["<|reserved_special_token_0|>"]
+    with pytest.raises(ValueError, match="Resume without gem_tokens"):
+        train(dataclasses.replace(config, resume=True))
+
+
 def test_a_stream_of_pairs_with_a_graded_evaluation_set(make_config, tmp_path):
     path = tmp_path / "pairs.jsonl"
     Dataset.from_dict({name: texts * 4 for name, texts in PAIRS.items()}).to_json(str(path))

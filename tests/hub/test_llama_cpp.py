@@ -64,11 +64,7 @@ GEMMA = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 128, "query
         ("qwen2", "qwen2", {}),
         ("qwen3", "qwen3", {}),
         ("phi3", "phi3", {}),
-        (
-            "gemma3",
-            "gemma3",
-            {"layer_types": ["sliding_attention"] * 2, "sliding_window": 128, "query_pre_attn_scalar": 16},
-        ),
+        ("gemma3", "gemma3", GEMMA),
     ],
 )
 def test_vectors_are_ours_and_answers_the_bases(make_model, tmp_path, architecture, kind, options):

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gem_st import GemTransformer
+from gem_st.modeling.gem_gguf import split_gguf
 
 from ..conftest import CORPUS
 
 pytest.importorskip("gguf")
+from gguf import RopeScalingType
 
 from ..gguf_files import write_gguf
 
@@ -69,12 +72,96 @@ def test_file_and_folder_name_the_same(file):
     assert by_path[0].base_model_name_or_path == by_folder[0].base_model_name_or_path == str(file)
 
 
-def test_vectors_are_those_of_the_dense_model(file, tmp_path):
+GEMMA = {"head_dim": 256, "layer_types": ["sliding_attention"] * 2, "sliding_window": 128}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "options"),
+    [
+        ("llama", "llama", {}),
+        ("mistral", "llama", {"sliding_window": None}),
+        ("qwen2", "qwen2", {}),
+        ("qwen3", "qwen3", {"head_dim": 128}),
+        ("phi3", "phi3", {}),
+        ("gemma3", "gemma3", GEMMA),
+    ],
+)
+def test_vectors_are_those_of_the_dense_model(make_model, tmp_path, architecture, kind, options):
+    """Of the one that the file was made of, which is not read by way of the file."""
+    sizes = {"num_reserved": 2, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16, **options}
+    dense = make_model(architecture=architecture, freeze_base=True, gem_tokens="reserved", **sizes)
+    # Phi-3's configuration has an id to pad with that a small vocabulary has not.
+    model = build(write_gguf(dense[0], tmp_path / "base.gguf", kind), config_kwargs={"pad_token_id": 1})
+    assert model[0].gem_tokens.names == dense[0].gem_tokens.names
+    lora = {name: value for name, value in dense[0].state_dict().items() if "lora_" in name}
+    model[0].load_state_dict(lora, strict=False)
+    assert np.allclose(model.encode(CORPUS), dense.encode(CORPUS), atol=1e-5)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+
+
+def test_llama_3s_scaling_is_taken_from_the_file(make_model, tmp_path):
+    sizes = {"num_reserved": 2, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    dense = make_model(freeze_base=True, gem_tokens="reserved", rope_parameters=LLAMA3, **sizes)[0]
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](dense.model.config, "cpu")
+    factors = (500000.0 ** -(torch.arange(8) / 8) / scaled).numpy()
+    assert factors.max() > 31
+    write = lambda factors: lambda writer: writer.add_tensor("rope_freqs.weight", factors)  # noqa: E731
+    model = build(write_gguf(dense, tmp_path / "base.gguf", then=write(factors)))
+    assert model[0].model.config.rope_parameters == LLAMA3
+    assert torch.allclose(model[0].model.model.rotary_emb.inv_freq, dense.model.model.rotary_emb.inv_freq)
+    with pytest.raises(ValueError, match=r"it has rope_freqs\.weight"):
+        build(write_gguf(dense, tmp_path / "other.gguf", then=write(factors * 1.1)))
+
+
+def test_what_transformers_does_not_read_is_refused(make_model, tmp_path):
+    sizes = {"num_reserved": 2, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    dense, scaled = make_model(**sizes)[0], lambda writer: writer.add_rope_scaling_type(RopeScalingType.YARN)
+    with pytest.raises(ValueError, match=r"it has rope\.scaling\.type\. Train beside the model"):
+        build(write_gguf(dense, tmp_path / "a.gguf", then=scaled))
+    gemma = make_model(architecture="gemma3", **{**sizes, "query_pre_attn_scalar": 16})[0]
+    with pytest.raises(ValueError, match=r"it has attention\.key_length"):
+        build(write_gguf(gemma, tmp_path / "b.gguf", "gemma3"))
+    (tmp_path / "c.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="is no GGUF file, or was not downloaded completely"):
+        build(tmp_path / "c.gguf")
+
+
+def test_how_a_file_is_named(tmp_path):
+    (tmp_path / "folder.gguf").mkdir()
+    for name, expected in {
+        "org/name/x.gguf": ("org/name", "x.gguf"),
+        "org/name/folder/x.gguf": ("org/name", "folder/x.gguf"),
+        "org/name.gguf": ("org/name.gguf", None),
+        "/models/my model.v2.gguf": ("/models", "my model.v2.gguf"),
+        str(tmp_path / "folder.gguf"): (str(tmp_path / "folder.gguf"), None),
+    }.items():
+        assert split_gguf(name) == expected
+
+
+def test_the_file_of_the_folder_is_meant_and_not_one_of_the_same_name_here(file, make_model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / file.name).write_bytes(b"another")
+    model = build(file.parent, model_kwargs={"gguf_file": file.name, "dtype": torch.float32})
+    assert model[0].base_model_name_or_path == str(file)
+
+
+def test_folders_may_be_named_like_files(make_model, tmp_path):
+    model = make_model(num_reserved=2)
+    model.save_pretrained(str(tmp_path / "checkpoint.gguf"))
+    assert np.array_equal(load(tmp_path / "checkpoint.gguf").encode(CORPUS), model.encode(CORPUS))
+
+
+def test_what_lies_beside_the_file_stays(file):
+    for name in ("config.json", "model.safetensors"):
+        (file.parent / name).write_text("of another model")
     model = build(file)
-    dense = tmp_path / "dense"
-    model[0].model.save_pretrained(dense)
-    model[0].tokenizer.save_pretrained(dense)
-    assert np.allclose(build(dense).encode(CORPUS), model.encode(CORPUS), atol=1e-6)
+    model.save_pretrained(str(file.parent))
+    assert {(file.parent / name).read_text() for name in ("config.json", "model.safetensors")} == {"of another model"}
+    assert np.array_equal(load(file.parent).encode(CORPUS), model.encode(CORPUS))
 
 
 def test_a_file_that_moved_is_found_by_its_new_place_and_another_is_refused(file, make_model, tmp_path):
