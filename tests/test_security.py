@@ -14,9 +14,12 @@ SOURCES = sorted((ROOT / "gem_st").rglob("*.py"))
 TRAVELLING = sorted((ROOT / "gem_st/modeling").glob("gem_*.py"))
 RUNS_DATA = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve", "ctypes", "code", "runpy"}
 REACHES_OUT = {"socket", "http", "urllib", "requests", "httpx", "ftplib", "subprocess", "multiprocessing", "asyncio"}
+LISTENS = {"uvicorn", "fastapi", "starlette"}
 BUILT_IN = {"eval", "exec", "__import__"}
 MAY_START_PROCESSES = {"hub/verifying.py"}
 """It loads a checkpoint in a process in which gem_st cannot be imported."""
+MAY_WAIT = {"serving/app.py", "serving/engine.py"}
+"""They have requests wait for the inference thread."""
 
 
 def name_of(path: Path) -> str:
@@ -58,7 +61,13 @@ def test_nothing_runs_data(path):
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_nothing_reaches_out(path):
     found = REACHES_OUT & {*imports(ast.parse(path.read_text(encoding="utf-8")))}
-    assert found == ({"subprocess"} if name_of(path) in MAY_START_PROCESSES else set())
+    name = name_of(path)
+    assert found == ({"subprocess"} if name in MAY_START_PROCESSES else {"asyncio"} if name in MAY_WAIT else set())
+
+
+def test_who_listens_to_the_network():
+    listening = {name_of(path) for path in SOURCES if LISTENS & {*imports(ast.parse(path.read_text(encoding="utf-8")))}}
+    assert {name.partition("/")[0] for name in listening} == {"serving"}
 
 
 @pytest.mark.parametrize("path", TRAVELLING, ids=name_of)

@@ -60,7 +60,7 @@ def test_there_are_no_circles():
         visit(name, ())
 
 
-WINGS = ("modeling", "cards", "losses", "training", "hub", "evaluation", "cli")
+WINGS = ("modeling", "cards", "losses", "training", "hub", "evaluation", "serving", "cli")
 """From the ground up. Files that lie in no wing are below all but the first."""
 
 
@@ -73,6 +73,14 @@ def test_no_wing_imports_from_one_above_it():
                 assert WINGS.index(target) <= WINGS.index(wing), f"{name} imports {other}"
             elif target in WINGS and name not in ("", "__init__", "_moved"):
                 assert target == "modeling", f"{name}, on the ground floor, imports {other}"
+
+
+def test_the_server_is_imported_by_its_command_only():
+    for name, path in FILES.items():
+        others = {other for other in imports_of(path, lazy=True) if other.startswith("serving")}
+        assert not others or name.startswith("serving") or name == "cli.serve", name
+    touching = [name for name, path in FILES.items() if "transformers.cli" in path.read_text(encoding="utf-8")]
+    assert touching == ["serving.engine"]
 
 
 def test_old_paths_go_on_with_a_warning():
