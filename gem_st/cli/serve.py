@@ -15,7 +15,7 @@ NEEDED = ("fastapi", "openai", "prometheus_client", "uvicorn")
 OLDEST_TRANSFORMERS = "5.20"
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
     """Raise ImportError if what only the server needs is missing, or too old."""
     if missing := [package for package in NEEDED if find_spec(package) is None]:
         raise ImportError(f"{', '.join(missing)} is not installed: pip install 'gem-st[serve]'")
@@ -54,7 +54,7 @@ def serve(
     Example: gem-st serve runs/demo/frozen --port 8000
     """
     with one_line_errors(expect_any=False):
-        _check_packages()
+        check_packages()
         from ..serving.run import ServeConfig
         from ..serving.run import serve as run
 

@@ -1,107 +1,27 @@
-"""Servers of small models at a free port, and a client that sends what no library would."""
+"""Models that are served, where what the server needs is installed."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-
-pytest.importorskip("fastapi")
-pytest.importorskip("transformers.cli.serving.model_manager", exc_type=ImportError)
-
-import uvicorn
-from openai import OpenAI
 from sentence_transformers.sentence_transformer.modules import Normalize
 
 from gem_st import GemTransformer
-from gem_st.serving.app import ServerOptions, create_app
-from gem_st.serving.engine import Engine
+from gem_st.cli.serve import check_packages
 
 from ..modeling.test_gem_generator import CHAT
 
 PROMPTS = {"query": "Find: ", "document": "", "title": "Title of "}
-MESSAGES = [
-    {"role": "system", "content": "You know the village by the sea and everyone in it."},
-    {"role": "user", "content": "Who took his boat out before the sun came up?"},
-]
 
-
-class Reply(NamedTuple):
-    """An answer of the server."""
-
-    status: int
-    headers: dict[str, str]
-    body: Any
-
-    @property
-    def error(self) -> dict[str, Any]:
-        return self.body["error"]
-
-
-class Served:
-    """A running server."""
-
-    def __init__(self, port: int, app: Any, model: SentenceTransformer) -> None:
-        self.port = port
-        self.server = app.state.server
-        self.model = model
-        self.openai = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
-
-    def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
-        """Send bytes as they are, anything else as JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-            connection.request(method, path, raw, headers or {})
-            response = connection.getresponse()
-            text = response.read()
-        finally:
-            connection.close()
-        fields = {name.lower(): value for name, value in response.getheaders()}
-        is_json = fields.get("content-type", "").startswith("application/json")
-        return Reply(response.status, fields, json.loads(text) if is_json else text.decode())
-
-    def post(self, path: str, body: Any, **headers: str) -> Reply:
-        return self.send("POST", f"/v1/{path}", body, headers)
-
-    def wait_for_empty_queue(self, seconds: float = 10) -> None:
-        end = time.monotonic() + seconds
-        while self.server.num_places_taken:
-            assert time.monotonic() < end, "a place was not given back"
-            time.sleep(0.01)
-
-
-@contextmanager
-def running(load: Callable[[], Engine], model: Any = None, options: ServerOptions | None = None) -> Iterator[Served]:
-    """A server in a thread; it may still be loading."""
-    app = create_app(load, options)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield Served(server.servers[0].sockets[0].getsockname()[1], app, model)
-    finally:
-        server.should_exit = True
-        thread.join(30)
-
-
-@contextmanager
-def serving(model: SentenceTransformer, options: ServerOptions | None = None, **kwargs: Any) -> Iterator[Served]:
-    """A server that is ready."""
-    with running(lambda: Engine(model, "tiny", **kwargs), model, options) as served:
-        while not served.server.is_ready:
-            time.sleep(0.01)
-        yield served
+try:
+    check_packages()
+except ImportError:
+    collect_ignore = [f"test_{name}.py" for name in ("chat", "embeddings", "errors", "run")]
+    # `test_conversations.py` says so, as it is skipped then.
 
 
 @pytest.fixture(scope="session")
@@ -122,14 +42,18 @@ def make_served_model(make_base) -> Callable[..., SentenceTransformer]:
 
 
 @pytest.fixture(scope="session")
-def frozen(make_served_model) -> Iterator[Served]:
-    """A model beside a frozen base, K = 2."""
+def frozen(make_served_model) -> Iterator[Any]:
+    """A server of a model beside a frozen base, K = 2."""
+    from .served import serving
+
     with serving(make_served_model(freeze_base=True, num_gem_tokens=2), allow_truncate=True) as served:
         yield served
 
 
 @pytest.fixture(scope="session")
-def full(make_served_model) -> Iterator[Served]:
-    """A model in full mode, K = 1, that keeps no conversations."""
+def full(make_served_model) -> Iterator[Any]:
+    """A server of a model in full mode, K = 1, that keeps no conversations."""
+    from .served import serving
+
     with serving(make_served_model(), cache_bytes=0) as served:
         yield served

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from .conftest import MESSAGES, serving
+from .served import MESSAGES, serving
 
 NO_END = {"1": -100}
 """Has no end token written."""

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gem_st.cli.serve import check_packages
 from gem_st.serving.conversations import Conversations, num_bytes
+
+
+def test_what_the_server_needs_is_installed():
+    try:
+        check_packages()
+    except ImportError as error:
+        pytest.skip(f"The server is not tested: {error}")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from gem_st.serving.embeddings import FIRST_TOKENS, EmbeddingQueue, Job, Kind, Pace
 
 from ..conftest import CORPUS
-from .conftest import MESSAGES, serving
+from .served import MESSAGES, serving
 
 
 def vectors_of(reply):

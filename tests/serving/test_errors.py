@@ -18,7 +18,7 @@ from gem_st.serving.app import ServerOptions
 from gem_st.serving.bodies import ChatBody, CompletionBody, EmbeddingBody, Message
 from gem_st.serving.engine import Engine
 
-from .conftest import MESSAGES, running, serving
+from .served import MESSAGES, running, serving
 
 CHAT = {"messages": MESSAGES, "max_tokens": 2}
 TEXT = {"input": "a"}

@@ -19,7 +19,7 @@ from gem_st.cli import app
 from gem_st.serving.run import ServeConfig, load_engine
 
 from ..conftest import ROOT
-from .conftest import MESSAGES
+from .served import MESSAGES
 
 
 def free_port() -> int:
