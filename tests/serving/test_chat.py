@@ -93,6 +93,37 @@ def test_options_reach_generation(frozen):
     assert biased.choices[0].message.content == frozen.model.tokenizer.decode([20] * 3)
 
 
+def test_tools_and_their_calls_reach_the_template(make_served_model):
+    model = make_served_model(freeze_base=True)
+    model.tokenizer.chat_template = (
+        "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}{{ m.role }}:"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.city }}){% endfor %}"
+        "{{ m.content }}\n{% endfor %}{{ mood }}"
+    )
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        {"role": "user", "content": "Hot?", "name": "me"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "1", "content": "30"},
+    ]
+    expected = "[weather]user:Hot?\nassistant:weather(Rome)\ntool:30\nsunny"
+    with serving(model) as served:
+        done = served.openai.chat.completions.create(
+            model="tiny",
+            messages=messages,
+            tools=[tool],
+            tool_choice="auto",
+            max_tokens=1,
+            extra_body={"chat_template_kwargs": {"mood": "sunny"}},
+        )
+        ids = model.tokenizer(expected, add_special_tokens=False)["input_ids"]
+        assert done.usage.prompt_tokens == len(ids)
+        broken = {**call, "function": {"name": "weather", "arguments": "{"}}
+        reply = served.post("chat/completions", {"messages": [{**messages[1], "tool_calls": [broken]}]})
+        assert (reply.status, reply.error["param"]) == (400, "messages")
+
+
 def test_an_answer_ends_where_the_context_does(frozen):
     done = frozen.openai.chat.completions.create(model="tiny", messages=MESSAGES, logit_bias=NO_END)
     assert done.usage.total_tokens == 256
