@@ -103,7 +103,7 @@ def test_models_that_are_no_activated_lora_are_refused(make, make_model, tmp_pat
     cases = {
         "was trained in full mode": make_model(),
         "has 2 GEM tokens": make(num_gem_tokens=2),
-        "a trained row of its own": make(gem_tokens=None),
+        "a trained row of its own": make(gem_tokens="trained"),
         "products of two matrices": make(lora_kwargs={"use_dora": True}),
         "more than products": make(lora_kwargs={"lora_bias": True}),
         "more than products of two": make(lora_kwargs={"modules_to_save": ["input_layernorm"]}),

@@ -83,7 +83,7 @@ def test_what_lies_in_a_checkpoint(saved):
 
 
 def test_versions_that_are_too_old_are_named(saved):
-    needed = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in requires("gem-st"))
+    needed = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in requires("gem-st") if "extra ==" not in line)
     assert needed.items() >= REQUIREMENTS.items()
     _, folder = saved
     config = folder / "config_sentence_transformers.json"
