@@ -29,7 +29,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -232,7 +231,7 @@ def run_llama_cpp(checkpoint: Path, reference: Reference, args: argparse.Namespa
     server = Server(path, context=max(map(len, reference.ids)) + NUM_NEW_TOKENS)
     check_vocabulary(checkpoint, server)
     gem_token_id = reference.ids[0][-1]
-    tokenized = [server.post("/tokenize", content=text, add_special=True)["tokens"] for text in reference.texts]
+    tokenized = [server.ask("/tokenize", content=text, add_special=True)["tokens"] for text in reference.texts]
     ids = [[*row, gem_token_id] for row in tokenized]
     vectors = server.embed([[text, gem_token_id] for text in reference.texts])
     expected = reference.generated
@@ -247,8 +246,7 @@ def gguf_path(checkpoint: Path, args: argparse.Namespace) -> Path:
 
 def check_vocabulary(checkpoint: Path, server: Any) -> None:
     num_rows = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    with urllib.request.urlopen(f"{server.server.listening_address}/v1/models") as answer:
-        num_tokens = json.load(answer)["data"][0]["meta"]["n_vocab"]
+    num_tokens = server.ask("/v1/models")["data"][0]["meta"]["n_vocab"]
     if num_tokens != num_rows:
         raise CannotRunError(
             f"the converter found {num_tokens} tokens for {num_rows} rows of the embedding; a tokenizer made "
@@ -258,7 +256,7 @@ def check_vocabulary(checkpoint: Path, server: Any) -> None:
 
 def generate(server: Any, prompt: str, num_tokens: int) -> list[int]:
     options = {"n_predict": num_tokens, "temperature": 0, "repeat_penalty": 1.0, "return_tokens": True}
-    return server.post("/completion", prompt=prompt, ignore_eos=True, **options)["tokens"]
+    return server.ask("/completion", prompt=prompt, ignore_eos=True, **options)["tokens"]
 
 
 def convert(checkpoint: Path, path: Path, args: argparse.Namespace) -> None:

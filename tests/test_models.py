@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import zipfile
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from gem_st import GemTransformer
+
 from .conftest import BASE_8M, ROOT
+from .gguf_files import write_gguf
 
 
 @pytest.fixture
@@ -71,46 +72,8 @@ def test_folders_and_ids_pass_through(models, tmp_path):
     assert Path(models.resolve("base-8m"), "config.json").exists()
 
 
-def write_gguf(base: Path, path: Path) -> None:
-    """A Llama with byte-level BPE as llama.cpp's converter would write it, in float32."""
-    config = AutoConfig.from_pretrained(base)
-    state = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
-    tokenizer = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].__getitem__)
-    special = {token["content"] for token in tokenizer["added_tokens"]}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in state.items():
-        if name == "lm_head.weight":
-            continue  # tied
-        for kind, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if kind in name:
-                tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_a_gguf_becomes_a_dense_checkpoint_of_the_same_model(models, tmp_path):
-    write_gguf(BASE_8M, tmp_path / "model.gguf")
+    write_gguf(GemTransformer(str(BASE_8M), freeze_base=True), tmp_path / "model.gguf")
     models._make_dense(tmp_path / "model.gguf", tmp_path / "dense")
     dense, base = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (tmp_path / "dense", BASE_8M)

@@ -44,16 +44,18 @@ def export(
     """
     with one_line_errors():
         from .. import hub
+        from ..modeling.gem_files import is_local
+        from ..modeling.gem_gguf import split_gguf
 
         hub.require_new(path)  # before a large model is loaded
-        base = str(hub.info(model, revision=revision, token=token)["base_model"]) if gguf else ""
-        is_elsewhere = base.endswith(".gguf") and not Path(base).exists()
+        base = hub.info(model, revision=revision, token=token)["base_model"] if gguf else None
+        has_moved = base is not None and split_gguf(base)[1] and is_local(base) and not Path(base).exists()
         loaded: Any = hub.load(
             model,
             revision=revision,
             token=token,
             trust_remote_code=trust_remote_code,
-            model_kwargs={"dtype": dtype, **({"gguf_file": str(gguf)} if is_elsewhere else {})},
+            model_kwargs={"dtype": dtype, **({"gguf_file": str(gguf)} if has_moved else {})},
         )
         if merge:
             from ..training.lora import merge_lora

@@ -18,21 +18,11 @@ from ..files import hash_file, write_json
 from ..finding import require_gem
 from ..modeling.gem_adapter import products_in
 from ..modeling.gem_checkpoint import active_adapter
-from ..modeling.gem_gguf import import_gguf, open_gguf
+from ..modeling.gem_gguf import ARCHITECTURES, import_gguf, open_gguf
 from ..modeling.gem_tokens import RESERVED
 from .layout import CARD, REFERENCE_TEXTS
 
 ADAPTER_FILE, VECTORS_FILE = "gem-adapter.gguf", "reference_vectors.json"
-
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-}
-"""Kinds of model, and what llama.cpp calls them, of which the converter's layout of weights is known here."""
 
 NUM_SENT = 2
 """How often texts for llama.cpp's server end in the GEM token. It has an adapter act from one token before the last of

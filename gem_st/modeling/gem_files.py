@@ -89,9 +89,10 @@ def find_base(
         return FoundBase(model_name_or_path, {}, base, revision)
     if gguf_file and not Path(gguf_file).is_file():
         raise ValueError(f"gguf_file={gguf_file!r} is not there; the base of {model_name_or_path} is {base!r}.")
-    if gguf_file and is_local(base):
-        base = str(Path(gguf_file).absolute())  # a link of the Hub's cache leads to a file of another name
-    source, file = split_gguf(str(Path(gguf_file).absolute()) if gguf_file else base)
+    # Not resolved: a link of the Hub's cache leads to a file of another name.
+    place = str(Path(gguf_file).absolute()) if gguf_file else base
+    base = place if is_local(base) else base
+    source, file = split_gguf(place)
     options: dict[str, Any] = {"revision": revision, "subfolder": ""}
     try:
         if file:

@@ -14,8 +14,15 @@ from transformers.utils import cached_file
 GGUF = ".gguf"
 """How the names of llama.cpp's files end, which are config, tokenizer and weights in one."""
 
-READ = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
-"""Architectures, by llama.cpp's names, of which vectors and answers were compared with llama.cpp's."""
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+}
+"""Kinds of model, and what llama.cpp calls them, of which vectors and answers were compared with llama.cpp's."""
 
 UNREAD_TENSORS = ("rope_freqs.", "rope_factors_")
 UNREAD_KEYS = (
@@ -123,8 +130,9 @@ def check_gguf(path: str, config: Any) -> None:
     width = config.hidden_size // config.num_attention_heads
     if kind == "phi3" and keys.get("phi3.rope.dimension_count", width) != width:
         unread.append("rope.dimension_count")
-    if kind not in READ or unread:
-        problem = f"{kind!r} is none of {', '.join(READ)}" if kind not in READ else f"it has {', '.join(unread)}"
+    known = {*ARCHITECTURES.values()}
+    if kind not in known or unread:
+        problem = f"it has {', '.join(unread)}" if kind in known else f"{kind!r} is none of {', '.join(sorted(known))}"
         raise ValueError(
             f"{path} cannot be a base: transformers may not read it as llama.cpp does, as {problem}. Train beside the "
             "model that the file was made of, and give the file to `gem-st export --format alora --gguf`."

@@ -450,7 +450,7 @@ def _check_combinations(config: TrainConfig) -> None:
         "gem_tokens are for the mode frozen; others train a row for each GEM token.": config.mode != "frozen"
         and config.gem_tokens is not None,
         "qlora makes 4-bit weights of dense ones; a GGUF file has weights of its own. Use --mode frozen or lora.": (
-            config.mode == "qlora" and str(config.base).endswith(".gguf")
+            config.mode == "qlora" and "gguf_file" in config.pretrained
         ),
         "dtype is set by qlora: 4-bit weights that compute in bfloat16.": config.mode == "qlora" and "dtype" in given,
         f"tasks {config.tasks} are of rows that are not plain, but plain_ratio is 1. Lower it: --plain-ratio 0.5.": (

@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from typer.testing import CliRunner
 
+from gem_st import GemTransformer
 from gem_st.cli import app
 from gem_st.hub import export
 
@@ -141,3 +143,14 @@ def test_the_command_line(make, tmp_path):
     refused = CliRunner().invoke(app, [*command[:2], str(tmp_path / "other"), *command[3:]])
     assert refused.exit_code == 1
     assert "needs gguf=" in refused.output
+
+
+def test_the_base_may_have_moved_to_where_the_export_is_told(make, tmp_path):
+    base = write_gguf(make(**SIZES)[0], tmp_path / "base.gguf")
+    gem = GemTransformer(str(base), freeze_base=True, gem_tokens="reserved")
+    SentenceTransformer(modules=[gem], device="cpu").save_pretrained(str(tmp_path / "checkpoint"))
+    moved = base.rename(tmp_path / "moved.gguf")
+    command = ["export", str(tmp_path / "checkpoint"), str(tmp_path / "out"), "--format", "alora", "--gguf", str(moved)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "llama-server -m moved.gguf" in (tmp_path / "out" / "README.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 
 from gem_st.hub import export
 
-from ..conftest import CORPUS
+from ..conftest import CORPUS, ROOT
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -20,32 +21,21 @@ from ..gguf_files import write_gguf
 
 SERVE = """
 import json, sys
-import xllamacpp as cpp
+from pathlib import Path
+from llama_server import Server
 
-def serve(base, adapter):
-    params = cpp.CommonParams()
-    params.model.path, params.embedding = base, True
-    params.pooling_type = cpp.llama_pooling_type.LLAMA_POOLING_TYPE_CLS
-    params.n_ctx = params.n_batch = params.n_ubatch = 256
-    params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.swa_full = job["swa_full"]
-    params.lora_adapters = [cpp.CommonAdapterLoraInfo(adapter, 1.0)] if adapter else []
-    return cpp.Server(params)
-
-def read(answer):
-    return json.loads(answer) if isinstance(answer, (str, bytes)) else answer
+def serve(adapter):
+    path = Path(job["adapter"]) if adapter else None
+    return Server(Path(job["base"]), path, "CLS", context=256, num_threads=1, keeps_all=job["swa_full"])
 
 def answers(server):
-    request = {"max_tokens": 8, "temperature": 0, "seed": 0}
-    return [read(server.handle_completions({"prompt": prompt, **request}))["choices"][0]["text"] for prompt in prompts]
+    return [server.complete(prompt, max_tokens=8) for prompt in job["texts"][1:4]]
 
 job = json.load(open(sys.argv[1]))
-prompts = job["texts"][1:4]
-plain = answers(serve(job["base"], None))
-server = serve(job["base"], job["adapter"])
+plain = answers(serve(adapter=False))
+server = serve(adapter=True)
 before = answers(server)
-rows = read(server.handle_embeddings({"input": [text + job["end"] for text in job["texts"]]}))["data"]
-vectors = [row["embedding"] for row in sorted(rows, key=lambda row: row["index"])]
+vectors = server.embed([text + job["end"] for text in job["texts"]]).tolist()
 json.dump({"vectors": vectors, "answers": [plain, before, answers(server)]}, open(sys.argv[2], "w"))
 """
 
@@ -86,7 +76,8 @@ def test_vectors_are_ours_and_answers_the_bases(make_model, tmp_path, architectu
     job["swa_full"] = "--swa-full" in (folder / "README.md").read_text().split("```")[1]
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-c", SERVE, str(tmp_path / "job.json"), str(tmp_path / "result.json")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     result = json.loads((tmp_path / "result.json").read_text())
     plain, before, after = result["answers"]
