@@ -31,6 +31,7 @@ class ServeConfig:
         batch_tokens: Tokens of a batch of embeddings.
         embed_slice_ms: Time for embeddings between two decoding steps.
         allow_truncate: Give vectors of fewer dimensions to who asks for them.
+        continuous_batching: Write answers together.
         drain_seconds: Time that requests have to be finished when the server is told to stop.
         dtype: Data type to load in.
         device: Where to run; None for what Sentence Transformers finds.
@@ -49,6 +50,7 @@ class ServeConfig:
     batch_tokens: int = 4096
     embed_slice_ms: float = 50.0
     allow_truncate: bool = False
+    continuous_batching: bool = False
     drain_seconds: int = 60
     dtype: str = "auto"
     device: str | None = None
@@ -80,6 +82,7 @@ def make_engine(model: SentenceTransformer, config: ServeConfig) -> Engine:
         batch_tokens=config.batch_tokens,
         slice_seconds=config.embed_slice_ms / 1000,
         allow_truncate=config.allow_truncate,
+        continuous_batching=config.continuous_batching,
     )
 
 

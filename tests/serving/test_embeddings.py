@@ -124,7 +124,7 @@ def test_requests_that_arrive_together_are_one_batch(frozen, monkeypatch):
 
     monkeypatch.setattr(engine.model, "encode", counting)
     hold = threading.Event()
-    engine._manager.submit(hold.wait)
+    engine.chat.thread.submit(hold.wait)
     replies = [None] * 8
 
     def ask(index):

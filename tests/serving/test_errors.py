@@ -146,7 +146,7 @@ def test_a_key_is_asked_for(make_served_model):
 def test_a_full_queue_says_when_to_ask_again(make_served_model):
     with serving(make_served_model(), ServerOptions(max_queue=2)) as served:
         hold = threading.Event()
-        served.server.engine._manager.submit(hold.wait)
+        served.server.engine.chat.thread.submit(hold.wait)
         threads = [threading.Thread(target=served.post, args=("embeddings", TEXT)) for _ in range(2)]
         for thread in threads:
             thread.start()
