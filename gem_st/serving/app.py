@@ -45,11 +45,13 @@ class ServerOptions:
         api_key: What clients have to send as ``Authorization: Bearer ...``; None for nothing.
         max_queue: Requests that are answered or wait at once.
         max_body_bytes: Size of a request.
+        allow_token_ids: Embed token ids, too.
     """
 
     api_key: str | None = None
     max_queue: int = 256
     max_body_bytes: int = 8_000_000
+    allow_token_ids: bool = False
 
 
 class ClientGone(Exception):  # noqa: N818  # nobody reads it
@@ -165,6 +167,8 @@ class Server:
         """``POST /v1/embeddings``."""
         engine = self.engine
         body = await self.read(request, EmbeddingBody)
+        if not self.options.allow_token_ids:
+            body.refuse_ids()
         self.take_place()
         try:
             job = await unless_gone(request, engine.embed(body))

@@ -31,6 +31,7 @@ class ServeConfig:
         batch_tokens: Tokens of a batch of embeddings.
         embed_slice_ms: Time for embeddings between two decoding steps.
         allow_truncate: Give vectors of fewer dimensions to who asks for them.
+        allow_token_ids: Embed token ids, too.
         continuous_batching: Write answers together.
         drain_seconds: Time that requests have to be finished when the server is told to stop.
         dtype: Data type to load in.
@@ -50,6 +51,7 @@ class ServeConfig:
     batch_tokens: int = 4096
     embed_slice_ms: float = 50.0
     allow_truncate: bool = False
+    allow_token_ids: bool = False
     continuous_batching: bool = False
     drain_seconds: int = 60
     dtype: str = "auto"
@@ -125,7 +127,8 @@ def serve(config: ServeConfig) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(load, ServerOptions(config.api_key, config.max_queue), on_failure=stop)
+    options = ServerOptions(config.api_key, config.max_queue, allow_token_ids=config.allow_token_ids)
+    app = create_app(load, options, on_failure=stop)
     settings = uvicorn.Config(
         app,
         host=config.host,
