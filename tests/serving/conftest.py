@@ -20,7 +20,9 @@ PROMPTS = {"query": "Find: ", "document": "", "title": "Title of "}
 try:
     check_packages()
 except ImportError:
-    collect_ignore = [f"test_{name}.py" for name in ("batches", "chat", "embeddings", "errors", "rag_page", "run")]
+    collect_ignore = [
+        f"test_{name}.py" for name in ("batches", "chat", "docker", "embeddings", "errors", "rag_page", "run")
+    ]
     # `test_conversations.py` says so, as it is skipped then.
 
 
