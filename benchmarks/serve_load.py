@@ -243,9 +243,7 @@ def count_equal(answers: dict[str, set[str]], others: dict[str, set[str]]) -> st
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    print(
-        "\n| setting | load | requests/s | tokens/s | embedding p50, p95 ms | chat p50, p95 ms | MiB first, last |"
-    )
+    print("\n| setting | load | requests/s | tokens/s | embedding p50, p95 ms | chat p50, p95 ms | MiB first, last |")
     print("|---|---|---|---|---|---|---|")
     for result in results:
         for load in ("mixed", "embeddings alone", "chats alone"):
