@@ -4,10 +4,11 @@
     python benchmarks/serve_load.py --checkpoint runs/demo/frozen --base $base
 
 Clients ask one thing after the other: with a chance of 0.7 for an embedding of 64 tokens, else for an answer of 64
-tokens. Before that, the embedding of a conversation is timed, cold and after its chat. Each setting is a run of mixed load, then one of embeddings alone and one of chats alone by as many clients.
-Vectors are compared with those of `encode`, answers with those of the other settings. Servers are processes of
-`--python`, where only `gem-st[serve,lora]` should be installed: what is installed beside it, Sentence Transformers
-imports. Exits with 1 if a request fails or a vector differs.
+tokens. Each setting is a run of mixed load, then one of embeddings alone and one of chats alone by as many clients;
+of `gem` the embedding of a conversation is timed before, cold and after its chat. Vectors are compared with those of
+`encode`, answers with those of the other settings. Servers are processes of `--python`, where only
+`gem-st[serve,lora]` should be installed: what is installed beside it, Sentence Transformers imports. Exits with 1 if a
+request fails or a vector differs.
 """
 
 from __future__ import annotations
