@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "serve_load.jsonl"
 NUM_TEXTS, NUM_QUESTIONS, NUM_TOKENS = 200, 40, 64
 SHARE_OF_EMBEDDINGS = 0.7
+LOADS = {"mixed": SHARE_OF_EMBEDDINGS, "embeddings alone": 1.0, "chats alone": 0.0}
+"""Shares of embeddings."""
 SETTINGS = ("gem", "gem --continuous-batching", "two", "two --continuous-batching", "two, MiniLM")
 
 
@@ -232,11 +234,11 @@ def measure(setting: str, args: argparse.Namespace, load: Any) -> tuple[dict[str
 
         async def run_all() -> dict[str, Phase]:
             await clients.run(SHARE_OF_EMBEDDINGS, args.seconds / 10)  # what is only needed once, is loaded
-            shares = {"mixed": SHARE_OF_EMBEDDINGS, "embeddings alone": 1.0, "chats alone": 0.0}
-            lengths = {"mixed": args.seconds}
-            return {
-                name: await clients.run(share, lengths.get(name, args.seconds / 5)) for name, share in shares.items()
-            }
+            found = {}
+            for name in args.loads:
+                seconds = args.seconds if name == "mixed" else args.seconds / 5
+                found[name] = await clients.run(LOADS[name], seconds)
+            return found
 
         conversation = time_conversations(Clients(setting, servers, args, load)) if setting == "gem" else None
         phases = asyncio.run(run_all())
@@ -271,7 +273,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
     print("\n| setting | load | requests/s | tokens/s | embedding p50, p95 ms | chat p50, p95 ms | MiB first, last |")
     print("|---|---|---|---|---|---|---|")
     for result in results:
-        for load in ("mixed", "embeddings alone", "chats alone"):
+        for load in [name for name in LOADS if name in result]:
             phase, cells = result[load], []
             for kind in ("embedding", "chat"):
                 cells.append("{p50}, {p95}".format(**phase[kind]) if kind in phase else "")
@@ -287,6 +289,7 @@ def main() -> int:
     parser.add_argument("--minilm", help="folder of all-MiniLM-L6-v2, for the last setting")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the servers")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS[:4]), choices=SETTINGS)
+    parser.add_argument("--loads", nargs="+", default=list(LOADS), choices=LOADS)
     parser.add_argument("--seconds", type=float, default=300, help="of mixed load")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
@@ -311,7 +314,7 @@ def main() -> int:
     with RESULTS.open("a") as file:
         file.write(json.dumps({"args": given, "versions": describe_versions(), "results": results}) + "\n")
     print_table(results)
-    phases = [result[load] for result in results for load in ("mixed", "embeddings alone", "chats alone")]
+    phases = [result[load] for result in results for load in args.loads]
     return int(any(phase["errors"] or phase["deviation"] > 1e-4 for phase in phases))
 
 

@@ -17,8 +17,8 @@ from .engine import Engine
 
 logger = logging.getLogger("gem_st.serving")
 
-M_ARENA_MAX = -8
-"""glibc's name for how many places memory is kept in."""
+M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3
+"""glibc's names for how many places memory is kept in, and for from which size on it is not kept."""
 
 
 @dataclass
@@ -111,13 +111,14 @@ def load_engine(config: ServeConfig) -> Engine:
     return make_engine(model, config)
 
 
-def keep_memory_in_one_place() -> None:
-    """Have the threads of this process share what was freed, where that is glibc's to say.
+def give_memory_back() -> None:
+    """Have what large tensors took go back to the system, and threads share the rest, where that is glibc's to say.
 
     By default each thread that loads, chats or embeds keeps what it once needed most, and gives it to no other.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def serve(config: ServeConfig) -> None:
@@ -127,7 +128,7 @@ def serve(config: ServeConfig) -> None:
         ValueError: If there is no GEM checkpoint, or its code is not trusted.
         OSError: If it cannot be reached.
     """
-    keep_memory_in_one_place()
+    give_memory_back()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("gem_st.serving", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.INFO)
