@@ -427,6 +427,10 @@ def start_loop(model: Any, num_bytes: int) -> Any:
     attention = model.config._attn_implementation
     if not hasattr(model, "init_continuous_batching") or attention not in ("sdpa", "flash_attention_2"):
         raise ValueError(f"{type(model).__name__} with {attention} attention cannot do continuous batching.")
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if refused := kinds & {"dynamic", "longrope"}:
+        raise ValueError(f"With {refused.pop()} positions answers that are written together would change each other.")
     config = shared_config(model)
     page = PAGE_TOKENS * bytes_per_token(model.config.get_text_config()) * model.dtype.itemsize
     if num_bytes < 4 * page:
@@ -448,7 +452,23 @@ def start_loop(model: Any, num_bytes: int) -> Any:
     if loop.batch_processor is None:
         loop.stop()
         raise ValueError(f"Continuous batching cannot start: {loop.background_thread_status.fatal_error}")
+    prove(loop)
     return loop
+
+
+def prove(loop: Any) -> None:
+    """Have a token written, which ends the loop if the model is of those that do not know its memory.
+
+    Raises:
+        ValueError: If it cannot be.
+    """
+    loop.add_request([0], max_new_tokens=1)
+    written = None
+    while written is None and loop.is_running():
+        written = loop.get_result(timeout=0.1)
+    if written is None or written.error is not None:
+        loop.stop(hard_stop=True)
+        raise ValueError(f"{type(loop.model).__name__} cannot do continuous batching.")
 
 
 class OneManager(GenerationState):
