@@ -301,13 +301,13 @@ class Gate:
 
     def _is_allowed(self, request: Request) -> bool:
         key = self.server.options.api_key
-        if key is None or request.url.path in OPEN_ROUTES:
+        if key is None or request.scope["path"] in OPEN_ROUTES:  # that of request.url may come from the Host header
             return True
         given = request.headers.get("authorization", "")
         return hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode())
 
     def _note(self, request: Request, status: int, seconds: float) -> None:
-        route = request.url.path if request.url.path in ROUTES else "other"
+        route = request.scope["path"] if request.scope["path"] in ROUTES else "other"
         self.server.metrics.requests.labels(route, status).inc()
         self.server.metrics.seconds.labels(route).observe(seconds)
         num_bytes = request.state.num_bytes

@@ -12,6 +12,9 @@ from .errors import RequestError
 MAX_INPUTS = 2048
 """Inputs of one embedding request, as OpenAI has it."""
 
+LEAST_TEMPERATURE = 1e-4
+"""Below it the most likely token is taken: scores divided by less may leave no number."""
+
 UNIONS = {
     "input": f"a text, token ids, or a list of up to {MAX_INPUTS} of either; lists are not empty",
     "prompt": "a text",
@@ -92,9 +95,14 @@ class Sampling(Body):
     stream_options: dict[str, Any] | None = None
     user: str | None = None
 
+    @field_validator("temperature")
+    @classmethod
+    def _is_greedy_where_cold(cls, value: float | None) -> float | None:
+        return 0.0 if value is not None and value < LEAST_TEMPERATURE else value
+
     def for_handler(self, name: str) -> dict[str, Any]:
-        """What transformers' handler is given: only what was asked for, and only what it knows."""
-        unused = {"model", "n", "presence_penalty", "stream_options", "user"} | self._unused()
+        """What transformers' handler is given: only what was asked for, and only what it knows and is to do."""
+        unused = {"model", "n", "presence_penalty", "stop", "stream_options", "user"} | self._unused()
         body = self.model_dump(exclude_none=True, exclude=unused)
         return {**{key: value for key, value in body.items() if value not in ([], {})}, "model": name}
 

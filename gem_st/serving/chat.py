@@ -6,20 +6,21 @@ This is the one file that touches ``transformers.cli.serving``, which calls itse
 from __future__ import annotations
 
 import asyncio
+import bisect
 import copy
 import inspect
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
-from transformers import ContinuousBatchingConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import ContinuousBatchingConfig, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -32,6 +33,8 @@ from transformers.cli.serving.utils import (
     GenerationState,
     Modality,
 )
+from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.masking_utils import create_masks_for_generate
 
 from ..modeling.gem_cache import cache_name
@@ -53,6 +56,14 @@ PAGE_TOKENS = 32
 """Tokens of a page of the memory that answers in one batch share."""
 STEP_TOKENS = 512
 """Tokens that a step of continuous batching reads; a longer prompt takes several."""
+SCHEDULER = "gem_st"
+"""What transformers knows :class:`Scheduler` by."""
+ALONE_ONLY = (
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "min_length", "min_new_tokens"),
+    *("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens", "exponential_decay_length_penalty"),
+    *("guidance_scale", "watermarking_config", "stop_strings", "max_time", "num_beams", "num_return_sequences"),
+)
+"""Options of a generation configuration that continuous batching drops without a word, or fails at."""
 
 
 class OneModel(ModelManager):
@@ -79,6 +90,21 @@ class OneModel(ModelManager):
         return self._pair
 
 
+def forgive(tokenizer: Any) -> Any:
+    """A tokenizer that gives an answer as it was written where it holds half a call of a tool, or one of none."""
+    forgiving, parse = copy.copy(tokenizer), tokenizer.parse_response
+
+    def parse_response(ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with suppress(ValueError, RuntimeError, KeyError, TypeError):
+            parsed: dict[str, Any] = parse(ids, *args, **kwargs)
+            if all({"name", "arguments"} <= call["function"].keys() for call in parsed.get("tool_calls") or ()):
+                return parsed
+        return {"content": tokenizer.decode(ids, skip_special_tokens=True)}
+
+    forgiving.parse_response = parse_response
+    return forgiving
+
+
 class Turn(StoppingCriteria):
     """One answer of the language model; it stands where transformers' handlers expect the model.
 
@@ -89,21 +115,25 @@ class Turn(StoppingCriteria):
         field: The field of the request that holds the prompt.
 
     Attributes:
+        stops: Texts that end the answer where one of them is written.
         sampling: What of the shared sampling is this answer's own, in continuous batching.
         num_prompt: Tokens of the prompt.
         num_new: Tokens written so far.
         num_reused: Tokens of the prompt that were not read again; None where nothing was looked up.
         has_begun: True from the time it waits for the language model.
         has_ended: True when continuous batching has written all of it.
+        receive: What continuous batching calls with what it has written.
     """
 
     def __init__(self, engine: Engine, field: str) -> None:
         self.engine = engine
         self.field = field
+        self.stops: list[str] = []
         self.sampling: dict[str, Any] = {}
         self.num_prompt = self.num_new = 0
         self.num_reused: int | None = None
         self.has_begun = self.has_ended = False
+        self.receive: Callable[[Any], None] | None = None
         self._is_cancelled = threading.Event()
         self._ids: Any = None
 
@@ -126,6 +156,9 @@ class Turn(StoppingCriteria):
         gem = self.engine.gem
         if gem.mode != "frozen" and not gem.base.text.gem_token_ids.isdisjoint(ids):
             raise RequestError(400, f"{self.field} spells the name of a GEM token. Leave it out.", param=self.field)
+        if max(ids) >= gem.model.config.get_text_config().vocab_size:
+            message = f"{self.field} holds a token that was added to the tokenizer, but not to the model. Leave it out."
+            raise RequestError(400, message, param=self.field)
         config.max_new_tokens = min(config.max_new_tokens, limit - len(ids))
         self.num_prompt, self.has_begun = len(ids), True
 
@@ -137,7 +170,20 @@ class Turn(StoppingCriteria):
         """True for rows that are to end. Shape: ``(B, T)`` -> ``(B,)``"""
         self.num_new, self._ids = input_ids.shape[1] - self.num_prompt, input_ids
         self.engine.let_embeddings_in()
-        return torch.full((len(input_ids),), self._is_cancelled.is_set(), device=input_ids.device)
+        is_over = [self._is_cancelled.is_set() or self._is_stopped(row) for row in input_ids]
+        return torch.tensor(is_over, device=input_ids.device)
+
+    def _is_stopped(self, row: torch.Tensor) -> bool:
+        """True if one of the stops has been written. Shape: ``(T,)``
+
+        transformers' own criterion makes a table of all tokens by all their places in the stops, which may take
+        gigabytes.
+        """
+        if not self.stops:
+            return False
+        width = max(len(stop.encode()) for stop in self.stops) + 1  # a token is one byte at least
+        text = self.engine.tokenizer.decode(row[self.num_prompt :][-width:], clean_up_tokenization_spaces=False)
+        return any(stop in text for stop in self.stops)
 
     def generate(self, **kwargs: Any) -> Any:
         """What ``model.generate`` gives, in the inference thread."""
@@ -205,6 +251,33 @@ class OneByOne(WithTurns, GenerateManager):  # type: ignore[misc]  # what they a
         return asyncio.shield(super().async_submit(fn, *args, **kwargs))
 
 
+class Scheduler(FIFOScheduler):
+    """transformers' scheduler, which also lets in who waits where the answer that was waited for is given up."""
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """As the base class."""
+        cancelled = super().clear_cancelled_requests()
+        if cancelled:
+            self.block_new_requests = False
+        return cancelled
+
+
+SCHEDULER_MAPPING[SCHEDULER] = Scheduler
+
+
+class FirstOfEqual(LogitsProcessor):
+    """Leaves one token where only equals are left, as at temperature 0 in bfloat16, so that none is drawn."""
+
+    supports_continuous_batching = True
+
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        """Shape: ``(B, V)`` -> ``(B, V)``"""
+        best, first = scores.max(dim=-1, keepdim=True).values, scores.argmax(dim=-1, keepdim=True)
+        are_equal = ((scores == best) | scores.isneginf()).all(dim=-1, keepdim=True)
+        is_first = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, first, True)
+        return scores.masked_fill(are_equal & ~is_first, -torch.inf)
+
+
 class Loop:
     """transformers' loop of continuous batching, with the turns that its requests belong to.
 
@@ -227,17 +300,25 @@ class Loop:
             CBWorkerDeadError: If the loop has ended.
         """
         own = self._turns[request_id].sampling
-        if self._loop.add_request(input_ids, request_id=request_id, **options, **own) is None:
+        self._listen(request_id)  # a short answer is written before its handler asks for it
+        added = self._loop.add_request(input_ids, request_id=request_id, **options, **own)
+        # The loop may have ended after it was asked, too late to tell this request of it.
+        if added is None or self._loop.background_thread_status.can_accept_new_requests() is not None:
             raise CBWorkerDeadError("The loop of continuous batching has ended.")
         return request_id
 
     def register_result_handler(self, request_id: str, callback: Callable[[Any], None]) -> None:
         """Have a function called with what was written, and the turn told of it."""
+        self._turns[request_id].receive = callback
+        self._listen(request_id)
+
+    def _listen(self, request_id: str) -> None:
         turn = self._turns[request_id]
 
-        def note(output: Any) -> None:
+        def note(output: Any) -> None:  # in the thread that listens, after what it is doing now
             turn.num_new, turn.has_ended = len(output.generated_tokens), output.is_finished()
-            callback(output)
+            if turn.receive is not None:
+                turn.receive(output)
 
         self._loop.register_result_handler(request_id, note)
 
@@ -267,7 +348,7 @@ class InBatches(WithTurns, CBGenerateManager):  # type: ignore[misc]  # what the
         super().__init__()
         self.turns = turns
         self.loop: Any = Loop(start_loop(model, num_bytes), turns)
-        self.room = min(room, self.loop.batch_processor.cache.num_blocks * PAGE_TOKENS)
+        self.room = count_places(self.loop.batch_processor.cache, room)
         self._cb: Any = self.loop  # where the base class looks for it
 
     def init_cb(self, model: Any, gen_config: Any) -> None:
@@ -305,6 +386,34 @@ def bytes_per_token(config: Any) -> int:
     return 2 * config.num_hidden_layers * heads * width
 
 
+def count_places(cache: Any, most: int) -> int:
+    """Tokens of the longest prompt and answer that there is memory for, up to ``most``."""
+    state = RequestState(request_id="", initial_tokens=[])
+    return bisect.bisect_left(
+        range(1, most + 1), True, key=lambda num: not cache.can_store_request_tokens(state, num, dry_run=True)
+    )
+
+
+def shared_config(model: Any) -> Any:
+    """The generation configuration that answers share, with the defaults that ``generate`` takes.
+
+    Raises:
+        ValueError: If it asks for what continuous batching would leave out.
+    """
+    config = copy.deepcopy(model.generation_config)
+    defaults = config._get_default_generation_params()
+    if refused := [name for name in ALONE_ONLY if getattr(config, name, None) not in (None, defaults.get(name))]:
+        raise ValueError(
+            f"The model's generation_config sets {', '.join(refused)}, which continuous batching cannot do. Start the "
+            "server without --continuous-batching, or take it out of generation_config.json if answers may differ."
+        )
+    for name, value in defaults.items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    config.use_cache = False
+    return config
+
+
 def start_loop(model: Any, num_bytes: int) -> Any:
     """transformers' loop of continuous batching, which runs in a thread of its own.
 
@@ -318,8 +427,11 @@ def start_loop(model: Any, num_bytes: int) -> Any:
     attention = model.config._attn_implementation
     if not hasattr(model, "init_continuous_batching") or attention not in ("sdpa", "flash_attention_2"):
         raise ValueError(f"{type(model).__name__} with {attention} attention cannot do continuous batching.")
-    config = copy.deepcopy(model.generation_config)
-    config.use_cache = False
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if refused := kinds & {"dynamic", "longrope"}:
+        raise ValueError(f"With {refused.pop()} positions answers that are written together would change each other.")
+    config = shared_config(model)
     page = PAGE_TOKENS * bytes_per_token(model.config.get_text_config()) * model.dtype.itemsize
     if num_bytes < 4 * page:
         raise ValueError(f"Continuous batching needs memory: {4 * page / 2**30:.4f} GiB at least, see --cache-gib.")
@@ -329,15 +441,34 @@ def start_loop(model: Any, num_bytes: int) -> Any:
         max_batch_tokens=STEP_TOKENS,
         per_request_processors=True,
         auto_switch_to_flash=False,
+        scheduler_type=SCHEDULER,
     )
     loop = model.init_continuous_batching(generation_config=config, continuous_batching_config=options)
+    if config.do_sample:
+        loop.logit_processor.logits_processor.append(FirstOfEqual())
     loop.start()
     while loop.batch_processor is None and loop.is_running():
         time.sleep(0.01)
     if loop.batch_processor is None:
         loop.stop()
         raise ValueError(f"Continuous batching cannot start: {loop.background_thread_status.fatal_error}")
+    prove(loop)
     return loop
+
+
+def prove(loop: Any) -> None:
+    """Have a token written, which ends the loop if the model is of those that do not know its memory.
+
+    Raises:
+        ValueError: If it cannot be.
+    """
+    loop.add_request([0], max_new_tokens=1)
+    written = None
+    while written is None and loop.is_running():
+        written = loop.get_result(timeout=0.1)
+    if written is None or written.error is not None:
+        loop.stop(hard_stop=True)
+        raise ValueError(f"{type(loop.model).__name__} cannot do continuous batching.")
 
 
 class OneManager(GenerationState):
@@ -370,8 +501,11 @@ class Chat:
         self.turns: dict[str, Turn] = {}
         self.thread = OneByOne(self.turns, engine.context)
         model = engine.gem.model
-        self.batches = None if batch_bytes is None else InBatches(self.turns, engine.context, model, batch_bytes)
-        arguments = OneModel(name, model, engine.tokenizer), OneManager(self.batches or self.thread)
+        self.batches: InBatches | None = None
+        if batch_bytes is not None:  # its thread ends with the process, as the one that it is started in
+            made = self.thread.submit(InBatches, self.turns, engine.context, model, batch_bytes)
+            self.batches = made.result()
+        arguments = OneModel(name, model, forgive(engine.tokenizer)), OneManager(self.batches or self.thread)
         self._chat = ChatCompletionHandler(*arguments)
         self._complete = CompletionHandler(*arguments)
 
@@ -385,9 +519,14 @@ class Chat:
         if self.batches is not None:
             self.batches.loop.stop(hard_stop=True)
 
-    def pause(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def pause(self) -> Iterator[None]:
         """Context in which the inference thread has the model for itself, between two steps."""
-        return nullcontext() if self.batches is None or not self.is_alive else self.batches.loop.pause()
+        with ExitStack() as stack:
+            if self.batches is not None:
+                with suppress(RuntimeError):  # the loop has ended, perhaps while it was waited for
+                    stack.enter_context(self.batches.loop.pause())
+            yield
 
     @property
     def is_paused(self) -> bool:
@@ -429,6 +568,7 @@ class Chat:
     async def _handle(self, handler: Any, body: ChatBody | CompletionBody, request_id: str) -> Any:
         turn = self.turns[request_id]
         field = turn.field
+        turn.stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         if self.batches is not None:
             turn.sampling = self.batches.sampling_of(body)
         try:

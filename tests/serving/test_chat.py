@@ -6,10 +6,16 @@ import http.client
 import json
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.cli.serving.utils import parse_assistant_message
+from transformers.generation import stopping_criteria
+
+from gem_st.serving.chat import forgive
 
 from .served import MESSAGES, serving
 
@@ -231,8 +237,43 @@ def test_the_weights_are_there_once(frozen):
     handler = frozen.server.engine.chat._chat
     model, tokenizer = handler.model_manager.load_model_and_processor("any-name")
     assert model is gem.model
-    assert tokenizer is gem.tokenizer
+    assert tokenizer._tokenizer is gem.tokenizer._tokenizer
     assert handler.model_manager.loaded_models == {}
     with torch.no_grad():
         names = {tensor.data_ptr() for tensor in gem.model.parameters()}
     assert names <= {tensor.data_ptr() for tensor in gem.parameters()}
+
+
+def test_a_stop_ends_the_answer_where_it_is_written(frozen):
+    def ask(**options: Any) -> Any:
+        given = {"model": "tiny", "messages": MESSAGES, "max_tokens": 40, "temperature": 0, **options}
+        return frozen.openai.chat.completions.create(**given).choices[0]
+
+    num_tables = len(stopping_criteria.STOP_STRING_EMBEDDING_CACHE)
+    whole = ask().message.content
+    stop = next(whole[start : start + 6] for start in range(4, 40) if "\ufffd" not in whole[start : start + 6])
+    done = ask(stop=["a" * 256, stop])
+    end = whole.index(stop) + 6
+    assert done.finish_reason == "stop"
+    assert done.message.content.startswith(whole[:end])
+    assert len(done.message.content) < end + 12  # the rest of one token
+    assert ask(stop="a" * 256).message.content == whole
+    assert len(stopping_criteria.STOP_STRING_EMBEDDING_CACHE) == num_tables
+
+
+@pytest.mark.parametrize(
+    ("text", "num_calls"),
+    [
+        ('<tool_call>\n{"name": "find", "arguments": {"what": "bread"}}\n</tool_call>', 1),
+        ('<tool_call>\n{"name": "find", "argu', 0),
+        ('<tool_call>\n{"nothing": 1}\n</tool_call>', 0),
+        ("<tool_call> is what a call begins with.<eos>", 0),
+    ],
+)
+def test_half_a_call_of_a_tool_is_text(frozen, text, num_calls):
+    tokenizer = forgive(frozen.model.tokenizer)
+    ids = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+    model = SimpleNamespace(config=SimpleNamespace(model_type="qwen3"))
+    content, _, calls = parse_assistant_message(tokenizer, model, ids, [0])
+    assert len(calls or []) == num_calls
+    assert content == ("" if num_calls else text.removesuffix("<eos>"))

@@ -14,6 +14,8 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.datastructures import URL
+from starlette.requests import Request
 
 from gem_st.serving.app import ServerOptions
 from gem_st.serving.bodies import ChatBody, CompletionBody, EmbeddingBody, Message
@@ -142,6 +144,15 @@ def test_a_key_is_asked_for(make_served_model):
                 assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
         assert served.send("GET", "/health").status == 200
         assert served.send("POST", "/v1/embeddings", TEXT, right).status == 200
+
+
+def test_no_host_header_makes_a_route_one_that_needs_no_key(make_served_model, monkeypatch):
+    # As Starlette has it before 1.0: the header is put before the path as it was sent.
+    monkeypatch.setattr(
+        Request, "url", property(lambda self: URL(f"http://{self.headers['host']}{self.scope['path']}"))
+    )
+    with serving(make_served_model(), ServerOptions(api_key="key")) as served:
+        assert served.send("GET", "/v1/models", headers={"Host": "any/health?"}).status == 401
 
 
 def test_a_full_queue_says_when_to_ask_again(make_served_model):

@@ -82,6 +82,24 @@ def test_a_checkpoint_is_served_is_killed_and_is_served_until_a_signal_lets_requ
     assert "village" not in output
 
 
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_answers_in_batches_are_finished_when_told_to_stop_and_not_when_told_twice(
+    make_served_model, tmp_path, signals
+):
+    model, port = make_served_model(freeze_base=True), free_port()
+    model[0].model.generation_config.eos_token_id = None
+    model.save(str(tmp_path / "gem"))
+    with command(tmp_path / "gem", port, "--cache-gib", "0.01", "--continuous-batching") as (process, client):
+        stream = client.chat.completions.create(model="gem", messages=MESSAGES, max_tokens=150, stream=True)
+        next(iter(stream))
+        for one in signals:
+            process.send_signal(one)
+            time.sleep(0.05)
+        if len(signals) == 1:
+            assert list(stream)[-1].usage.completion_tokens == 150
+        assert "Traceback" not in process.communicate(timeout=30)[0].decode()
+
+
 @pytest.mark.parametrize("what", ["folder", "stock"])
 def test_what_is_no_checkpoint_ends_in_one_line(what, tmp_path, make_base, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
