@@ -131,7 +131,9 @@ class Encoder:
         rows = [place[texts[row]] for row in kept]
         ids = table[self.id_column]
         if not np.isfinite(vectors).all():
-            bad = [ids[row].as_py() for row, found in zip(kept, rows, strict=True) if not np.isfinite(vectors[found]).all()]
+            bad = [
+                ids[row].as_py() for row, found in zip(kept, rows, strict=True) if not np.isfinite(vectors[found]).all()
+            ]
             raise EncodeError(f"Vectors of {len(bad)} texts are not finite in {self.precision}, ids {bad[:5]}.")
         self._write_report(ids, texts, dict(zip(kept, (lengths[row] for row in rows), strict=True)))
         result = table.select([self.id_column, *self.columns]).take(pa.array(kept, pa.int64()))
@@ -215,7 +217,7 @@ def is_text(kind: pa.DataType) -> bool:
 def load_model(
     checkpoint: str, dtype: str, device: str | None, trust_remote_code: bool, **hub_kwargs: Any
 ) -> SentenceTransformer:
-    """A GEM checkpoint by :func:`gem_st.hub.load`, any other by Sentence Transformers, with the same question of trust."""
+    """A GEM checkpoint by :func:`gem_st.hub.load`, any other by Sentence Transformers; trust is asked of both."""
     options: dict[str, Any] = {"device": device, "model_kwargs": {"dtype": dtype}, **hub_kwargs}
     if hub.is_gem(checkpoint, **hub_kwargs):
         return hub.load(checkpoint, trust_remote_code=trust_remote_code, **options)

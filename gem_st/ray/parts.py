@@ -134,7 +134,9 @@ def _copy(
     copy = folder / f"{name}.parquet"
     if copy.exists():
         if (pq.read_schema(copy).metadata or {}).get(b"source") != digest:
-            raise ValueError(f"{source} changed since this run began, or is cut into other parts. Choose another --output.")
+            raise ValueError(
+                f"{source} changed since this run began, or is cut into other parts. Choose another --output."
+            )
         return copy
     say(f"Copying {source} to {copy}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,9 +153,7 @@ def _copy(
     return copy
 
 
-def read_tables(
-    source: str, split: str, files: Sequence[Path], columns: Columns, num_rows: int
-) -> Iterator[pa.Table]:
+def read_tables(source: str, split: str, files: Sequence[Path], columns: Columns, num_rows: int) -> Iterator[pa.Table]:
     """Tables of so many rows of any data set; the last may have fewer."""
     if len(files) == 1 and files[0].suffix == ".parquet":
         with pq.ParquetFile(files[0]) as opened:
@@ -291,7 +291,9 @@ def read_ids(parts: Sequence[Part], column: str) -> Iterator[Any]:
     for part in parts:
         values = read_part(part, [column])[column]
         if values.null_count:
-            raise EncodeError(f"{part.file}: {values.null_count} of the rows of a part have no {column!r}. Give all one.")
+            raise EncodeError(
+                f"{part.file}: {values.null_count} of the rows of a part have no {column!r}. Give all one."
+            )
         yield values.to_numpy()
 
 

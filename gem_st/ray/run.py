@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..files import read_json, write_json
-from .encoder import BATCH_TOKENS, NULL, EMPTY, EncodeError, Encoder, check_options
+from .encoder import BATCH_TOKENS, EMPTY, NULL, EncodeError, Encoder, check_options
 from .fingerprint import describe_model, describe_versions, refuse_other
 from .parts import (
     PART,
@@ -44,7 +44,7 @@ from .parts import (
 
 ROWS_PER_PART = 2048
 SPARE_CPUS = 3
-"""Logical CPUs beside those of the actors: Ray Data reads the plan, filters it and writes files in tasks of one each."""
+"""Logical CPUs beside those of the actors: Ray Data reads the plan, filters it and writes in tasks of one each."""
 STORE_BYTES = 2**28
 """Object store of a local run, and as much again for each actor: parts that wait to be written."""
 FILTER_BYTES = 2**28
@@ -178,7 +178,9 @@ class PartEncoder:
 
 
 @contextmanager
-def running_ray(address: str | None, num_actors: int | None, gpus_per_actor: float | None) -> Iterator[tuple[int, float]]:
+def running_ray(
+    address: str | None, num_actors: int | None, gpus_per_actor: float | None
+) -> Iterator[tuple[int, float]]:
     """Ray, started here or joined, and how many actors there will be, with how many GPUs each.
 
     Raises:
@@ -306,9 +308,7 @@ def look(config: EncodeConfig, share: float, threads: int | None, texts: list[st
 
 def make_plan(config: EncodeConfig, say: Callable[[str], object]) -> tuple[list[Part], list[Part]]:
     """Parts that the output is planned with already, and those with what there is now."""
-    files = find_files(
-        config.data, config.split, config.names, config.rows_per_part, config.work / "input", say
-    )
+    files = find_files(config.data, config.split, config.names, config.rows_per_part, config.work / "input", say)
     known = read_plan(config.work / "plan.parquet")
     plan = extend_plan(known, make_parts(files, config.rows_per_part, config.limit))
     if not plan:
@@ -377,7 +377,9 @@ def _settle(config: EncodeConfig, plan: list[Part], share: float, threads: int |
     columns = {"text": config.text_column, "id": config.id_column, "others": list(config.columns)}
     settings = {**facts["fingerprint"], "columns": columns}
     if noted is not None:
-        refuse_other(config.checkpoint, str(config.output), {**noted["fingerprint"], "columns": noted["columns"]}, settings)
+        refuse_other(
+            config.checkpoint, str(config.output), {**noted["fingerprint"], "columns": noted["columns"]}, settings
+        )
         return noted["ranges"]
     source = {"checkpoint": str(config.checkpoint), "revision": config.revision, "dtype": config.dtype}
     options = {"prompt_name": config.prompt_name, "truncate_dim": config.truncate_dim}

@@ -23,7 +23,9 @@ TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "int8": 0.05, "binary": 0.3}
 """Relative error allowed of a vector that is computed again, in other company; 0.05 at least of a model in 16 bits."""
 
 
-def verify(output: str | Path, *, sample: int = 32, token: str | None = None, trust_remote_code: bool = False) -> Verification:
+def verify(
+    output: str | Path, *, sample: int = 32, token: str | None = None, trust_remote_code: bool = False
+) -> Verification:
     """Check the vectors of a run against its plan, its data and its checkpoint.
 
     Args:

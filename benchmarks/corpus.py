@@ -1,0 +1,192 @@
+"""`gem-st encode` with two actors against two plain processes, and its memory for ten times the texts.
+
+    python benchmarks/corpus.py --data DATA --checkpoint runs/demo/frozen
+    python benchmarks/corpus.py --data DATA --only memory
+
+Texts are made of DATA/text/classic_books_sentences_200k.txt: of a hundred, eighty are one sentence, nineteen two, four
+or eight, one forty. A plain process loads the model, reads its half, calls `model.encode` once, with batches of 32, and
+writes parquet. Times are of whole processes, from their start to their end; `steady` is without start and loading: of
+plain processes the time in `encode`, of Ray the rows that were written after the second part, by the time since then.
+Memory is the sum of PSS over the driver and all processes that it started, looked at twice a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from gem_st import GemTransformer, hub
+from gem_st.ray.fingerprint import describe_versions as describe_ray
+from gem_st.training.measures import describe_versions
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "corpus.jsonl"
+PLAIN = """
+import sys, time
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq
+from gem_st import hub
+checkpoint, data, output, start, stop, dtype = sys.argv[1:]
+texts = pq.read_table(data).slice(int(start), int(stop) - int(start))
+model = hub.load(checkpoint, model_kwargs={"dtype": dtype}, device="cpu")
+begin = time.perf_counter()
+vectors = model.encode(texts["text"].to_pylist(), batch_size=32, show_progress_bar=False)
+print(time.perf_counter() - begin)
+column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+pq.write_table(texts.select(["id"]).append_column("vector", column), output)
+"""
+
+
+def write_corpus(data: Path, num: int, path: Path, *, is_mixed: bool, seed: int = 0) -> None:
+    """A parquet file of so many texts."""
+    lines = (data / "text" / "classic_books_sentences_200k.txt").read_text(encoding="utf-8").split("\n")
+    lines, draw, texts, place = [line.strip() for line in lines if line.strip()], random.Random(seed), [], 0
+    for _ in range(num):
+        kinds = [1] * 80 + [draw.choice([2, 4, 8])] * 19 + [40]
+        count = draw.choice(kinds) if is_mixed else 1
+        texts.append(" ".join(lines[(place + index) % len(lines)] for index in range(count)))
+        place += count
+    pq.write_table(pa.table({"id": list(range(num)), "text": texts}), path, row_group_size=2048)
+
+
+def environment() -> dict[str, str]:
+    """One thread for each process, of all ways."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run_encode(checkpoint: str, data: Path, output: Path, *args: str) -> dict[str, float]:
+    """Run `gem-st encode` with two actors; seconds, and the largest sum of PSS in MiB."""
+    command = [sys.executable, "-m", "gem_st.cli", "encode", checkpoint, "--data", str(data), "--output", str(output)]
+    start, peak = time.perf_counter(), 0.0
+    with subprocess.Popen([*command, "--num-actors", "2", *args], env=environment()) as process:
+        while process.poll() is None:
+            peak = max(peak, measure_tree(process.pid))
+            time.sleep(0.5)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return {"seconds": time.perf_counter() - start, "MiB": peak}
+
+
+def measure_tree(pid: int) -> float:
+    """Sum of PSS of a process and all below it, in MiB."""
+    total = 0
+    try:
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return 0.0
+    for process in processes:
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total / 2**20
+
+
+def steady_rate(output: Path) -> float:
+    """Texts a second, of those that were written after the second part."""
+    files = sorted((output / "work" / "done").glob("*.parquet"), key=lambda file: file.stat().st_mtime)
+    seconds = files[-1].stat().st_mtime - files[1].stat().st_mtime
+    return sum(pq.read_metadata(file).num_rows for file in files[2:]) / seconds
+
+
+def measure_throughput(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Two plain processes, then two actors, on the same texts; and how far their vectors are apart."""
+    data, num = scratch / "corpus.parquet", args.num
+    write_corpus(args.data, num, data, is_mixed=True)
+    start = time.perf_counter()
+    halves = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                PLAIN,
+                *map(str, (args.checkpoint, data, scratch / f"{place}.parquet", place, end)),
+                args.dtype,
+            ],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for place, end in ((0, num // 2), (num // 2, num))
+    ]
+    inside = [float(process.communicate()[0].split()[-1]) for process in halves]
+    plain = time.perf_counter() - start
+    found = run_encode(args.checkpoint, data, scratch / "out", "--dtype", args.dtype)
+    tables = [pq.read_table(scratch / f"{place}.parquet") for place in (0, num // 2)]
+    expected = as_array(pa.concat_tables(tables).sort_by("id"))
+    vectors = as_array(pq.read_table(scratch / "out" / "vectors").sort_by("id"))
+    steady = {"plain": num / max(inside), "Ray": steady_rate(scratch / "out")}
+    return {
+        "texts/s, whole": {"plain": round(num / plain, 1), "Ray": round(num / found["seconds"], 1)},
+        "texts/s, steady": {name: round(rate, 1) for name, rate in steady.items()},
+        "Ray by plain": {
+            "whole": round(plain / found["seconds"], 3),
+            "steady": round(steady["Ray"] / steady["plain"], 3),
+        },
+        "largest difference of an element": float(np.abs(vectors - expected).max()),
+        "largest relative error of a vector": float(
+            (np.linalg.norm(vectors - expected, axis=1) / np.linalg.norm(expected, axis=1)).max()
+        ),
+        "MiB": round(found["MiB"]),
+    }
+
+
+def as_array(table: pa.Table) -> np.ndarray:
+    """Vectors. Shape: ``(N, D)``"""
+    column = table["vector"].combine_chunks()
+    return column.flatten().to_numpy().reshape(len(column), -1)
+
+
+def measure_memory(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Peak memory for some texts and for ten times as many, by a random model of one layer."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8192, **shape)).save_pretrained(scratch / "base")
+    AutoTokenizer.from_pretrained(ROOT / "examples" / "base-8m").save_pretrained(scratch / "base")
+    model = SentenceTransformer(modules=[GemTransformer(str(scratch / "base"))], device="cpu")
+    checkpoint = str(hub.export(model, scratch / "checkpoint"))
+    result = {}
+    for num in (args.num, 10 * args.num):
+        write_corpus(args.data, num, scratch / f"{num}.parquet", is_mixed=False)
+        found = run_encode(checkpoint, scratch / f"{num}.parquet", scratch / f"out-{num}")
+        result[f"{num} texts"] = {"MiB": round(found["MiB"]), "seconds": round(found["seconds"])}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the layout of benchmarks/README.md")
+    parser.add_argument("--checkpoint", help="folder of a checkpoint, for throughput")
+    parser.add_argument("--only", nargs="+", choices=["throughput", "memory"], default=["throughput", "memory"])
+    parser.add_argument("--num", type=int, default=20_000)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    ways = {"throughput": measure_throughput, "memory": measure_memory}
+    for name in args.only:
+        with tempfile.TemporaryDirectory() as scratch:
+            result = ways[name](args, Path(scratch))
+        settings = {"measured": name, "num": args.num, "dtype": args.dtype, "rows_per_part": 2048, "batch_tokens": 8192}
+        line = {"settings": settings, "result": result, "versions": {**describe_versions(), **describe_ray()}}
+        with args.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(name, json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""gem-st encode: Ray Data on this machine, actors and drivers that are killed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from gem_st import __version__, hub
+from gem_st.cli import app
+from gem_st.ray import EncodeConfig, EncodeError, encode, preview, verify
+from gem_st.ray.run import PartEncoder, done_parts, find_room, first_error, join_reports, write_lance
+
+from ..conftest import ROOT
+from .conftest import make_texts
+
+QUIET = {"say": lambda line: None, "shows_progress": False}
+
+
+@pytest.fixture
+def config(checkpoint, corpus, tmp_path):
+    """Function that makes settings of a run of 20 parts."""
+
+    def make(**options) -> EncodeConfig:
+        settings = {"checkpoint": checkpoint, "data": str(corpus), "output": tmp_path / "out", "rows_per_part": 16}
+        return EncodeConfig(**{**settings, "num_actors": 2, "batch_tokens": 512, **options})
+
+    return make
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    """Runs end before Ray is started: what is refused before needs none."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("gem_st.ray.run.running_ray", fail)
+
+
+def rows_of(folder) -> pa.Table:
+    return pq.read_table(folder / "vectors").sort_by("id")
+
+
+def expected_rows(config) -> pa.Table:
+    """What the parts give in this process, which is what an uninterrupted run writes."""
+    encoder = PartEncoder(config.names.all, **config.encoder_options(), num_threads=1)
+    plan = pq.read_table(config.work / "plan.parquet")
+    return pa.concat_tables([encoder(plan.slice(row, 1)) for row in range(len(plan))]).sort_by("id")
+
+
+def children_named(name: str) -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if name in " ".join(child.cmdline())]
+
+
+# ---- runs
+
+
+def test_a_run_whose_actor_is_killed_gives_each_text_its_vector_once(started_ray, config, monkeypatch):
+    """And what goes with it: columns, the sidecar, the fingerprint, `verify`, and a run that finds all done."""
+    settings, killed = config(columns=("year",)), []
+
+    def kill_one() -> None:
+        while not killed:
+            time.sleep(0.05)
+            actors = children_named("PartEncoder")
+            if actors and done_parts(settings.work / "done"):
+                actors[0].kill()
+                killed.append(actors[0].pid)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    try:
+        result = encode(settings, **QUIET)
+    finally:
+        done_before = bool(killed)
+        killed.append(0)
+        thread.join()
+    assert done_before
+    assert (result.texts, result.vectors, result.new, result.cut) == (320, 320, 320, 0)
+    rows = rows_of(settings.output)
+    assert rows.equals(expected_rows(settings))
+    assert rows.column_names == ["id", "year", "vector", "part"]
+    plain = hub.load(settings.checkpoint).encode_document(make_texts(320))
+    np.testing.assert_allclose(np.array(rows["vector"].to_pylist()), plain, rtol=1e-5, atol=1e-5)
+    noted = json.loads((settings.output / "fingerprint.json").read_text())
+    assert (noted["fingerprint"]["gem_st"], noted["fingerprint"]["dimension"]) == (__version__, 32)
+    checked = verify(settings.output)
+    assert checked.passed, checked
+    assert encode(settings, **QUIET).new == 0
+    assert rows_of(settings.output).equals(rows)
+
+
+def start(config, *args: str) -> subprocess.Popen:
+    options = ["--rows-per-part", "16", "--num-actors", "2", "--batch-tokens", "512"]
+    command = [sys.executable, "-m", "gem_st.cli", "encode", config.checkpoint, "--data", config.data]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{ROOT}"}
+    return subprocess.Popen(
+        [*command, "--output", str(config.output), *options, *args], env=env, stderr=subprocess.PIPE
+    )
+
+
+def test_a_driver_that_is_killed_twice_goes_on_to_the_same_bits(started_ray, config):
+    settings = config()
+    for wanted in (1, 2):
+        process = start(settings)
+        others = []
+        while len(done_parts(settings.work / "done")) < wanted:
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.05)
+        others = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        _, alive = psutil.wait_procs(others, timeout=20)
+        assert not [other for other in alive if "PartEncoder" in " ".join(other.cmdline())]
+    done = done_parts(settings.work / "done")
+    assert 2 <= len(done) < 20
+    result = encode(settings, **QUIET)
+    assert result.new == 320 - 16 * len(done)
+    rows = rows_of(settings.output)
+    assert len(rows["id"].unique()) == len(rows) == 320
+    assert rows.equals(expected_rows(settings))
+    assert verify(settings.output).passed
+
+
+def test_a_damaged_row_group_and_a_full_disk_stop_a_run_and_leave_what_is_done(started_ray, config, corpus):
+    content = corpus.read_bytes()
+    chunk = pq.read_metadata(corpus).row_group(17).column(1)
+    begin = chunk.dictionary_page_offset or chunk.data_page_offset
+    size = chunk.total_compressed_size
+    corpus.write_bytes(content[:begin] + b"\xff" * size + content[begin + size :])
+    settings = config(num_actors=1)
+    with pytest.raises(EncodeError, match=r"Part 17: .*corpus\.parquet: row groups 17 to 17 cannot be read"):
+        encode(settings, **QUIET)
+    done = done_parts(settings.work / "done")
+    assert done
+    assert 17 not in done
+    failed = verify(settings.output)
+    assert not failed.passed
+    assert "no vector" in str(failed) or "cut off" in str(failed)
+    corpus.write_bytes(content)
+    assert encode(settings, **QUIET).new == 320 - 16 * len(done)
+    assert verify(settings.output).passed
+
+
+# ---- what is refused
+
+
+def test_vectors_of_another_model_are_not_appended(started_ray, config, make_model, tmp_path):
+    settings = config(limit=16, num_actors=1)
+    encode(settings, **QUIET)
+    before = rows_of(settings.output)
+    other = str(hub.export(make_model(freeze_base=True, num_gem_tokens=1), tmp_path / "other"))
+    for changed, word in (
+        ({"checkpoint": other}, "weights"),
+        ({"precision": "float16"}, "precision 'float32' there, 'float16' now"),
+        ({"truncate_dim": 8}, "dimension 32 there, 8 now"),
+        ({"columns": ("year",)}, "columns"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            encode(config(limit=16, num_actors=1, **changed), **QUIET)
+    assert rows_of(settings.output).equals(before)
+    with pytest.raises(ValueError, match="was planned with 16 rows in 1 parts, and would be 32 in 2 now"):
+        encode(config(limit=32), **QUIET)
+
+
+def test_another_file_is_appended_and_int8_keeps_its_ranges(started_ray, config, tmp_path):
+    encode(config(limit=16, num_actors=1, precision="int8"), **QUIET)
+    more = tmp_path / "more.parquet"
+    pq.write_table(pa.table({"id": ["x", "y"], "text": ["a b c", None]}), more)
+    result = encode(config(data=str(more), num_actors=1, precision="int8"), **QUIET)
+    assert (result.texts, result.vectors, result.new) == (18, 17, 2)
+    assert result.without_vector == {"null": 1, "empty": 0}
+    assert json.loads((tmp_path / "out" / "report.jsonl").read_text()) == {"id": "y", "reason": "null"}
+    assert rows_of(tmp_path / "out")["vector"].type == pa.list_(pa.int8(), 32)
+    assert verify(tmp_path / "out").passed
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_ids_that_come_twice_and_missing_columns_are_one_line_before_ray_starts(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    pq.write_table(pa.table({"id": ["a", "b", "a"], "text": ["a", "b", "c"]}), tmp_path / "twice.parquet")
+    for args, message in (
+        (
+            ["--data", str(tmp_path / "twice.parquet")],
+            "Column 'id' has ids that come more than once, 1 at least: ['a'].",
+        ),
+        (["--data", config().data, "--text-column", "body"], "has no column 'body'. It has: ['id', 'text', 'year']."),
+        (["--data", config().data, "--precision", "int8", "--truncate-dim", "0"], "must be 1 or more"),
+        (["--data", str(tmp_path / "gone.parquet")], "There is no file or folder"),
+        ([], "Give CHECKPOINT, --data and --output"),
+    ):
+        command = ["encode", config().checkpoint, "--output", str(tmp_path / "out"), *args]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 1
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out" / "vectors").exists()
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_two_runs_do_not_write_to_one_folder(config):
+    from filelock import FileLock
+
+    settings = config()
+    settings.work.mkdir(parents=True)
+    with FileLock(str(settings.work / "lock")), pytest.raises(ValueError, match="Another run writes to"):
+        encode(settings, **QUIET)
+
+
+def test_lance_that_is_missing_names_its_pip_line(config, monkeypatch):
+    monkeypatch.setattr("gem_st.ray.run.find_spec", lambda name: None if name == "lance" else object())
+    with pytest.raises(ImportError, match=r"pip install 'gem-st\[lance\]'"):
+        encode(config(format="lance"), **QUIET)
+
+
+def test_actors_that_find_no_room_are_refused_and_do_not_wait():
+    assert find_room({"CPU": 5.0}, 2, None, is_local=True) == (2, 0.0)
+    assert find_room({"CPU": 64.0, "GPU": 8.0}, None, None, is_local=False) == (8, 1.0)
+    assert find_room({"CPU": 64.0, "GPU": 8.0}, None, 0.5, is_local=False) == (16, 0.5)
+    with pytest.raises(ValueError, match=r"2 actors of 1 CPU and 0 GPUs.*do not fit into 2 CPUs.*would wait for ever"):
+        find_room({"CPU": 2.0}, 2, None, is_local=False)
+    with pytest.raises(ValueError, match="do not fit into 64 CPUs and 8 GPUs"):
+        find_room({"CPU": 64.0, "GPU": 8.0}, 9, None, is_local=False)
+
+
+def test_errors_of_actors_and_disks_are_found_in_what_ray_says():
+    text = "ray::E() (pid=1)\n  File 'x.py'\ngem_st.ray.encoder.EncodeError: Part 3: no.\n\nray.UserCodeException: UDF"
+    assert isinstance(first_error(RuntimeError(text)), EncodeError)
+    assert str(first_error(RuntimeError(text))) == "Part 3: no."
+    full = first_error(RuntimeError("OSError: [Errno 28] Error writing bytes. Detail: No space left on device"))
+    assert isinstance(full, OSError)
+    assert "The disk is full. What was written stays" in str(full)
+    assert str(first_error(RuntimeError("KeyError: 'a'"))) == "KeyError: 'a'"
+
+
+# ---- before and after
+
+
+def test_a_dry_run_measures_a_sample_and_writes_no_vector(started_ray, config):
+    told = preview(config(), say=lambda line: None)
+    assert (told["texts"], told["parts"], told["of which are done"]) == (320, 20, 0)
+    assert told["hours"] == pytest.approx(320 / 2 / told["texts/s, one actor"] / 3600, abs=1e-3)
+    assert not (config().output / "vectors").exists()
+
+
+def test_verify_finds_what_is_twice_missing_not_finite_or_of_another_model(config, corpus, checkpoint, tmp_path):
+    settings = config(rows_per_part=160)
+    output = write_output(settings)
+    assert verify(output).passed
+    files = sorted((output / "vectors").glob("*.parquet"))
+    whole = pq.read_table(files[0])
+
+    def found(table: pa.Table, name: str) -> str:
+        pq.write_table(table, files[0])
+        (check,) = (check for check in verify(output).checks if check.name == name)
+        assert check.passed is False
+        return check.finding
+
+    assert "several vectors: ['doc-0007']" in found(pa.concat_tables([whole, whole.slice(7, 1)]), "ids")
+    assert "1 texts have no vector, ids ['doc-0000']" in found(whole.slice(1), "ids")
+    values = np.array(whole["vector"].to_pylist(), np.float32)
+    values[3, 5] = np.nan
+    assert "1 are not finite or zero, ids ['doc-0003']" in found(with_vectors(whole, values), "vectors")
+    swapped = np.array(whole["vector"].to_pylist(), np.float32)[::-1]
+    assert "relative error" in found(with_vectors(whole, swapped), "sample")
+    pq.write_table(whole, files[0])
+    noted = json.loads((output / "fingerprint.json").read_text())
+    noted["fingerprint"]["weights"] = "0" * 16
+    (output / "fingerprint.json").write_text(json.dumps(noted))
+    assert "weights '0000000000000000' there" in str(verify(output))
+    files[0].write_bytes(b"half")
+    assert "a run was cut off: 1 files cannot be read" in str(verify(output))
+    with pytest.raises(ValueError, match="is no output of `gem-st encode`"):
+        verify(tmp_path)
+
+
+def write_output(settings: EncodeConfig):
+    """The output of a run, without Ray."""
+    from gem_st.ray.run import VECTORS, _settle, make_plan, write_plan
+
+    _, plan = make_plan(settings, print)
+    settings.work.mkdir(parents=True, exist_ok=True)
+    (settings.output / VECTORS).mkdir()
+    _settle(settings, plan, 0, 1)
+    write_plan(settings.work / "plan.parquet", plan)
+    encoder = PartEncoder(settings.names.all, **settings.encoder_options())
+    table = pq.read_table(settings.work / "plan.parquet")
+    for row in range(len(plan)):
+        pq.write_table(encoder(table.slice(row, 1)), settings.output / VECTORS / f"{row}.parquet")
+    join_reports(settings.work / "reports", settings.output / "report.jsonl")
+    return settings.output
+
+
+def with_vectors(table: pa.Table, values: np.ndarray) -> pa.Table:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    return table.set_column(table.column_names.index("vector"), "vector", column)
+
+
+def test_lance_has_the_rows_of_the_parquet_files(tmp_path):
+    lance = pytest.importorskip("lance")
+    (tmp_path / "vectors").mkdir()
+    table = pa.table({"id": [1, 2], "vector": pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32(), 2))})
+    pq.write_table(table, tmp_path / "vectors" / "a.parquet")
+    write_lance(tmp_path)
+    write_lance(tmp_path)  # again, after more was appended
+    assert lance.dataset(str(tmp_path / "vectors.lance")).to_table().equals(table)
