@@ -138,12 +138,13 @@ def _copy(
                 f"{source} changed since this run began, or is cut into other parts. Choose another --output."
             )
         return copy
-    say(f"Copying {source} to {copy}")
     folder.mkdir(parents=True, exist_ok=True)
     writing = copy.with_suffix(".writing")
     try:
         with open_writer(writing) as write:
-            for table in read_tables(source, split, files, columns, rows_per_part):
+            for index, table in enumerate(read_tables(source, split, files, columns, rows_per_part)):
+                if not index:
+                    say(f"Copying {source} to {copy}")
                 write(table, digest)
         if not writing.exists():
             raise ValueError(f"{source} has no rows (split {split!r}). Check how it was made.")
@@ -166,6 +167,8 @@ def read_tables(source: str, split: str, files: Sequence[Path], columns: Columns
             yield table.select(columns.all)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
+    except StopIteration:  # of `datasets`, which looks at the first row of an empty file
+        return
 
 
 @contextmanager

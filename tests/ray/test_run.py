@@ -317,3 +317,21 @@ def test_lance_has_the_rows_of_the_parquet_files(tmp_path):
     write_lance(tmp_path)
     write_lance(tmp_path)  # again, after more was appended
     assert lance.dataset(str(tmp_path / "vectors.lance")).to_table().equals(table)
+
+
+@pytest.mark.parametrize("engine", ["lancedb", "faiss"])
+def test_the_example_searches_with_the_vectors_of_encode_query(config, python, tmp_path, engine):
+    pytest.importorskip(engine)
+    settings = config(columns=("text",), rows_per_part=160)
+    output, text = write_output(settings), make_texts(320)[11]
+    script = ROOT / "examples" / "search_corpus.py"
+    done = python.run(
+        script, settings.checkpoint, output, text, "--engine", engine, "--num", 3, cwd=tmp_path, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    model = hub.load(settings.checkpoint)
+    cosines = model.similarity(model.encode_query(text), model.encode_document(make_texts(320)))[0]
+    best = cosines.argsort(descending=True)[:3].tolist()
+    assert [line.split()[1] for line in lines] == [f"doc-{place:04}" for place in best]
+    assert float(lines[0].split()[0]) == pytest.approx(float(cosines[best[0]]), abs=2e-3)
