@@ -135,7 +135,7 @@ def test_a_driver_that_is_killed_twice_goes_on_to_the_same_bits(started_ray, con
     assert verify(settings.output).passed
 
 
-def test_a_damaged_row_group_and_a_full_disk_stop_a_run_and_leave_what_is_done(started_ray, config, corpus):
+def test_a_damaged_row_group_stops_a_run_and_leaves_what_is_done(started_ray, config, corpus):
     content = corpus.read_bytes()
     chunk = pq.read_metadata(corpus).row_group(17).column(1)
     begin = chunk.dictionary_page_offset or chunk.data_page_offset
