@@ -252,8 +252,10 @@ def first_error(error: BaseException) -> Exception:
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
     if "No space left on device" in text or "Errno 28" in text:
         return OSError("The disk is full. What was written stays: free some space, and the same command goes on.")
-    found = ERROR_LINE.search(text)
-    if found is None or not found[2]:
+    lines = [line for line in ERROR_LINE.finditer(text) if line[2]]
+    # The last of ours, which says most, or else the first, which caused the others.
+    found = next((line for line in reversed(lines) if line[1] == EncodeError.__name__), lines[0] if lines else None)
+    if found is None:
         return RuntimeError(f"{type(error).__name__}: {' '.join(text.split())[-500:]}")
     name, message = found[1], found[2]
     known = {"EncodeError": EncodeError, "ValueError": ValueError, "OSError": OSError, "ImportError": ImportError}
