@@ -331,6 +331,10 @@ def sample_texts(plan: list[Part], column: str, num: int = SAMPLE_TEXTS) -> list
     for part in chosen:
         values = [text for text in read_part(part, [column])[column].to_pylist() if text and text.strip()]
         texts += values[:: max(1, len(values) // each)][:each]
+    if not texts:
+        raise EncodeError(
+            f"There is nothing but null and blank texts in {len(chosen)} parts, from the first to the last."
+        )
     return texts
 
 

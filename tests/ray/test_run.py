@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from gem_st import __version__, hub
 from gem_st.cli import app
-from gem_st.ray import EncodeConfig, EncodeError, encode, preview, verify
+from gem_st.ray import EncodeConfig, EncodeError, Encoder, encode, preview, verify
 from gem_st.ray.run import PartEncoder, done_parts, find_room, first_error, join_reports, write_lance
 
 from ..conftest import ROOT
@@ -105,6 +105,20 @@ def test_a_run_whose_actor_is_killed_gives_each_text_its_vector_once(started_ray
     assert checked.passed, checked
     assert encode(settings, **QUIET).new == 0
     assert rows_of(settings.output).equals(rows)
+
+
+def test_encoder_is_a_class_for_map_batches(started_ray, checkpoint, corpus):
+    rows = started_ray.data.read_parquet(str(corpus)).map_batches(
+        Encoder,
+        fn_constructor_kwargs={"checkpoint": checkpoint, "columns": ["year"]},
+        batch_format="pyarrow",
+        batch_size=100,
+        compute=started_ray.data.ActorPoolStrategy(size=1),
+    )
+    found = sorted(rows.take_all(), key=lambda row: row["id"])
+    assert [row["year"] for row in found] == list(range(320))
+    plain = hub.load(checkpoint).encode_document(make_texts(320))
+    np.testing.assert_allclose(np.stack([row["vector"] for row in found]), plain, rtol=1e-5, atol=1e-5)
 
 
 def start(config, *args: str) -> subprocess.Popen:
