@@ -42,7 +42,7 @@ def encode(
     columns: Annotated[str, typer.Option(help="Columns to keep beside id and vector, with commas.")] = "",
     split: Annotated[str, typer.Option(help="Split of a data set of the Hub.")] = "train",
     prompt_name: Annotated[
-        str | None, typer.Option(help="Prompt of the model [default: that of documents, if there is one].")
+        str | None, typer.Option(help="Prompt of the model; by default that of documents, if there is one.")
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Of the vectors.")] = Precision.float32,
     truncate_dim: Annotated[int | None, typer.Option(help="Elements of each vector to keep.")] = None,
@@ -51,10 +51,12 @@ def encode(
     rows_per_part: Annotated[int, typer.Option(help="Texts that are read, embedded and written as one.")] = 2048,
     limit: Annotated[int | None, typer.Option(help="Texts to embed, from the first.")] = None,
     num_actors: Annotated[
-        int | None, typer.Option(help="Copies of the model [default: one for a GPU, or for four CPUs].")
+        int | None, typer.Option(help="Copies of the model; by default one for a GPU, or for four CPUs.")
     ] = None,
-    gpus_per_actor: Annotated[float | None, typer.Option(help="GPUs of each [default: 1 where there are any].")] = None,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster, or auto [default: this machine].")] = None,
+    gpus_per_actor: Annotated[
+        float | None, typer.Option(help="GPUs of each; by default 1 where there are any.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster, or auto; by default Ray runs here.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, memory and time, by a sample.")] = False,
     verify: Annotated[Path | None, typer.Option(metavar="DIR", help="Check the vectors of a run instead.")] = None,
     dtype: Annotated[str, typer.Option(help="Data type to load in, e.g. float32.")] = "auto",

@@ -125,9 +125,9 @@ class Encoder:
             EncodeError: If a column is missing, holds no text, or a vector is not finite.
         """
         table = batch if isinstance(batch, pa.Table) else pa.table(dict(batch))
-        texts = self._texts_of(table)
+        texts: list[Any] = self._texts_of(table)
         kept = [row for row, text in enumerate(texts) if text and text.strip()]
-        unique = list(dict.fromkeys(texts[row] for row in kept))
+        unique: list[str] = list(dict.fromkeys(texts[row] for row in kept))
         lengths = self.count_tokens(unique)
         vectors, place = self.embed(unique, lengths), {text: row for row, text in enumerate(unique)}
         rows = [place[texts[row]] for row in kept]

@@ -120,8 +120,8 @@ class EncodeConfig:
 
     def encoder_options(self) -> dict[str, Any]:
         """Arguments of :class:`Encoder`."""
-        same = ("text_column", "id_column", "columns", "prompt_name", "precision", "truncate_dim", "batch_tokens")
-        same += ("dtype", "revision", "token", "trust_remote_code")
+        same = ["text_column", "id_column", "columns", "prompt_name", "precision", "truncate_dim", "batch_tokens"]
+        same += ["dtype", "revision", "token", "trust_remote_code"]
         return {"checkpoint": self.checkpoint, **{name: getattr(self, name) for name in same}}
 
 
@@ -279,7 +279,7 @@ def look_at(options: dict[str, Any], texts: list[str]) -> dict[str, Any]:
 
     encoder = Encoder(**{**options, "precision": "float32"})
     names = ("prompt_name", "precision", "truncate_dim")
-    facts = {"fingerprint": describe_model(encoder.model, **{name: options[name] for name in names})}
+    facts: dict[str, Any] = {"fingerprint": describe_model(encoder.model, **{name: options[name] for name in names})}
     if texts:
         lengths = encoder.count_tokens(texts)
         encoder.embed(texts[:8])
