@@ -167,9 +167,6 @@ def test_a_damaged_row_group_stops_a_run_and_leaves_what_is_done(started_ray, co
     failed = verify(settings.output)
     assert not failed.passed
     assert "no vector" in str(failed) or "cut off" in str(failed)
-    corpus.write_bytes(content)
-    assert encode(settings, **QUIET).new == 320 - 16 * len(done)
-    assert verify(settings.output).passed
 
 
 # ---- what is refused
