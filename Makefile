@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 BASE ?= smollm2-135m-instruct
 OUT ?= runs/demo
 JOBS ?= 2
+CLIENTS := bertopic chromadb haystack-ai sentence-transformers-haystack lancedb litellm llama-index-embeddings-huggingface txtai
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cards test test-fast test-newest test-floor constraints compatibility test-engines test-neighbours lint audit clean
+.PHONY: help setup demo cards test test-fast test-newest test-floor constraints compatibility test-engines test-clients test-docker test-neighbours lint audit clean
 
 # $(call install,ENVIRONMENT,CONSTRAINTS,REQUIREMENTS): what builds the package is installed like all else, not fetched apart.
 define install
@@ -88,6 +89,14 @@ test-engines: setup ## Serve checkpoints with ONNX Runtime, OpenVINO and llama.c
 	.venv-llama/bin/python benchmarks/engines.py --engine llama.cpp --llama-cpp runs/engines/source/vendor/llama.cpp
 	.venv-llama/bin/python benchmarks/engines.py --engine llama.cpp --llama-cpp runs/engines/source/vendor/llama.cpp --outtype f16
 	$(BIN)/python benchmarks/llama_cpp.py
+
+test-clients: ## Run the lines of docs/integrations.md, with the clients that `make test` leaves out (BERTopic, Chroma, ...)
+	$(call install,.venv-clients,--constraint constraints.txt)
+	.venv-clients/bin/pip install --quiet --constraint constraints.txt $(CLIENTS)
+	OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest tests/test_clients.py tests/serving/test_clients.py
+
+test-docker: ## Run the Dockerfile's steps without Docker, and its server (TORCH_INDEX= for PyPI's torch; minutes)
+	$(PYTHON) .ci/dockerfile.py
 
 test-neighbours: setup ## Run Sentence Transformers' own tests with a GEM model in place of theirs; clones github.com
 	rm -rf runs/sentence-transformers

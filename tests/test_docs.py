@@ -69,6 +69,15 @@ def test_the_tests_that_docs_name_exist():
             assert any(f"def {name}(" in source for source in sources.values()), name
 
 
+def test_every_client_with_python_lines_has_a_test_that_runs_them():
+    text = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    sections = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
+    headings = [section.splitlines()[0] for section in sections if "```python" in section]
+    assert len(headings) == 11
+    tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_clients.py", "serving/test_clients.py"))
+    assert [heading for heading in headings if f'page("{heading}"' not in tests] == []
+
+
 def test_the_matrix_of_the_readme_is_that_of_the_docstring():
     from gem_st import gem_attention_mask
 

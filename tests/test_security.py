@@ -18,7 +18,7 @@ LISTENS = {"uvicorn", "fastapi", "starlette"}
 BUILT_IN = {"eval", "exec", "__import__"}
 MAY_START_PROCESSES = {"hub/verifying.py"}
 """It loads a checkpoint in a process in which gem_st cannot be imported."""
-MAY_WAIT = {"serving/app.py", "serving/engine.py"}
+MAY_WAIT = {"serving/app.py", "serving/chat.py", "serving/engine.py"}
 """They have requests wait for the inference thread."""
 
 

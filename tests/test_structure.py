@@ -80,7 +80,7 @@ def test_the_server_is_imported_by_its_command_only():
         others = {other for other in imports_of(path, lazy=True) if other.startswith("serving")}
         assert not others or name.startswith("serving") or name == "cli.serve", name
     touching = [name for name, path in FILES.items() if "transformers.cli" in path.read_text(encoding="utf-8")]
-    assert touching == ["serving.engine"]
+    assert touching == ["serving.chat"]
 
 
 def test_old_paths_go_on_with_a_warning():

@@ -20,8 +20,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .bodies import ChatBody, Checked, CompletionBody, EmbeddingBody, check_body
+from .chat import REUSED_HEADER, Chat, Turn
 from .embeddings import render
-from .engine import REUSED_HEADER, Engine, Turn
+from .engine import Engine
 from .errors import RETRY_AFTER, RequestError
 from .metrics import Metrics
 
@@ -44,11 +45,13 @@ class ServerOptions:
         api_key: What clients have to send as ``Authorization: Bearer ...``; None for nothing.
         max_queue: Requests that are answered or wait at once.
         max_body_bytes: Size of a request.
+        allow_token_ids: Embed token ids, too.
     """
 
     api_key: str | None = None
     max_queue: int = 256
     max_body_bytes: int = 8_000_000
+    allow_token_ids: bool = False
 
 
 class ClientGone(Exception):  # noqa: N818  # nobody reads it
@@ -135,22 +138,23 @@ class Server:
     # ---- routes
 
     async def answer(
-        self, request: Request, kind: type[Any], field: str, handle: Callable[[Engine], Callable[..., Awaitable[Any]]]
+        self, request: Request, kind: type[Any], field: str, handle: Callable[[Chat], Callable[..., Awaitable[Any]]]
     ) -> Response:
         """An answer that is written token by token, by a handler of the engine."""
         engine = self.engine
         body = await self.read(request, kind)
+        engine.check_name(body.model)
         self.take_place()
         request_id = request.state.request_id
-        turn = engine.open_turn(request_id, field)
+        turn = engine.chat.open_turn(request_id, field)
 
         def close() -> None:
-            engine.close_turn(request_id)
+            engine.chat.close_turn(request_id)
             self.leave_place()
             self._count(turn)
 
         try:
-            response = await unless_gone(request, handle(engine)(body, request_id))
+            response = await unless_gone(request, handle(engine.chat)(body, request_id))
         except BaseException:
             close()
             raise
@@ -163,6 +167,8 @@ class Server:
         """``POST /v1/embeddings``."""
         engine = self.engine
         body = await self.read(request, EmbeddingBody)
+        if not self.options.allow_token_ids:
+            body.refuse_ids()
         self.take_place()
         try:
             job = await unless_gone(request, engine.embed(body))
@@ -328,6 +334,8 @@ def create_app(
         loading = asyncio.ensure_future(server.start())
         yield
         await loading
+        if server.is_ready:
+            await asyncio.to_thread(server.engine.close)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
@@ -340,11 +348,11 @@ def create_app(
 def _add_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await server.answer(request, ChatBody, "messages", lambda engine: engine.chat)
+        return await server.answer(request, ChatBody, "messages", lambda chat: chat.chat)
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        return await server.answer(request, CompletionBody, "prompt", lambda engine: engine.complete)
+        return await server.answer(request, CompletionBody, "prompt", lambda chat: chat.complete)
 
     @app.post("/v1/embeddings")
     async def embed(request: Request) -> Response:
@@ -362,9 +370,10 @@ def _add_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        if server.is_ready:
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "loading"}, 503, RETRY_AFTER)
+        if not server.is_ready:
+            return JSONResponse({"status": "loading"}, 503, RETRY_AFTER)
+        is_alive = server.engine.chat.is_alive
+        return JSONResponse({"status": "ok" if is_alive else "failed"}, 200 if is_alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

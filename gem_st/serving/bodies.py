@@ -178,6 +178,21 @@ class EmbeddingBody(Body):
     input_type: Literal["query", "document"] | None = None
     user: str | None = None
 
+    def refuse_ids(self) -> None:
+        """Refuse token ids, which clients that know nothing of the model take from OpenAI's own tokenizer.
+
+        Raises:
+            RequestError: 400, if there are any.
+        """
+        if isinstance(self.input, list) and not isinstance(self.input[0], str):
+            raise RequestError(
+                400,
+                "input is token ids, and another tokenizer's would give wrong vectors. Send texts (LangChain's "
+                "OpenAIEmbeddings: check_embedding_ctx_length=False), or start the server with --allow-token-ids if "
+                "clients use the model's own tokenizer.",
+                param="input",
+            )
+
     def rows(self) -> list[str] | list[list[int]]:
         """The inputs as a list: of texts, or of rows of token ids."""
         given: Any = self.input

@@ -31,6 +31,8 @@ class ServeConfig:
         batch_tokens: Tokens of a batch of embeddings.
         embed_slice_ms: Time for embeddings between two decoding steps.
         allow_truncate: Give vectors of fewer dimensions to who asks for them.
+        allow_token_ids: Embed token ids, too.
+        continuous_batching: Write answers together.
         drain_seconds: Time that requests have to be finished when the server is told to stop.
         dtype: Data type to load in.
         device: Where to run; None for what Sentence Transformers finds.
@@ -49,6 +51,8 @@ class ServeConfig:
     batch_tokens: int = 4096
     embed_slice_ms: float = 50.0
     allow_truncate: bool = False
+    allow_token_ids: bool = False
+    continuous_batching: bool = False
     drain_seconds: int = 60
     dtype: str = "auto"
     device: str | None = None
@@ -80,6 +84,7 @@ def make_engine(model: SentenceTransformer, config: ServeConfig) -> Engine:
         batch_tokens=config.batch_tokens,
         slice_seconds=config.embed_slice_ms / 1000,
         allow_truncate=config.allow_truncate,
+        continuous_batching=config.continuous_batching,
     )
 
 
@@ -122,7 +127,8 @@ def serve(config: ServeConfig) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(load, ServerOptions(config.api_key, config.max_queue), on_failure=stop)
+    options = ServerOptions(config.api_key, config.max_queue, allow_token_ids=config.allow_token_ids)
+    app = create_app(load, options, on_failure=stop)
     settings = uvicorn.Config(
         app,
         host=config.host,

@@ -35,6 +35,21 @@ class Reply(NamedTuple):
         return self.body["error"]
 
 
+def send(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
+    """Send bytes as they are, anything else as JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(method, path, raw, headers or {})
+        response = connection.getresponse()
+        text = response.read()
+    finally:
+        connection.close()
+    fields = {name.lower(): value for name, value in response.getheaders()}
+    is_json = fields.get("content-type", "").startswith("application/json")
+    return Reply(response.status, fields, json.loads(text) if is_json else text.decode())
+
+
 class Served:
     """A running server."""
 
@@ -45,18 +60,7 @@ class Served:
         self.openai = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
 
     def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
-        """Send bytes as they are, anything else as JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-            connection.request(method, path, raw, headers or {})
-            response = connection.getresponse()
-            text = response.read()
-        finally:
-            connection.close()
-        fields = {name.lower(): value for name, value in response.getheaders()}
-        is_json = fields.get("content-type", "").startswith("application/json")
-        return Reply(response.status, fields, json.loads(text) if is_json else text.decode())
+        return send(self.port, method, path, body, headers)
 
     def post(self, path: str, body: Any, **headers: str) -> Reply:
         return self.send("POST", f"/v1/{path}", body, headers)
@@ -69,19 +73,26 @@ class Served:
 
 
 @contextmanager
-def running(load: Callable[[], Engine], model: Any = None, options: ServerOptions | None = None) -> Iterator[Served]:
-    """A server in a thread; it may still be loading."""
-    app = create_app(load, options)
+def listening(app: Any) -> Iterator[int]:
+    """Port at which an app is served, in a thread."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield Served(server.servers[0].sockets[0].getsockname()[1], app, model)
+        yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
         thread.join(30)
+
+
+@contextmanager
+def running(load: Callable[[], Engine], model: Any = None, options: ServerOptions | None = None) -> Iterator[Served]:
+    """A server in a thread; it may still be loading."""
+    app = create_app(load, options)
+    with listening(app) as port:
+        yield Served(port, app, model)
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def test_a_client_that_hangs_up_frees_its_place(frozen, stream, monkeypatch):
     frozen.wait_for_empty_queue()
     assert frozen.post("embeddings", {"input": "still here"}).status == 200
     assert len(steps) < 100
-    assert not engine._manager.turns
+    assert not engine.chat.turns
 
 
 def test_what_a_hung_up_client_asked_for_is_not_embedded(frozen, monkeypatch):
@@ -204,7 +204,7 @@ def test_what_a_hung_up_client_asked_for_is_not_embedded(frozen, monkeypatch):
 
     monkeypatch.setattr(engine.model, "encode", noting)
     hold = threading.Event()
-    engine._manager.submit(hold.wait)
+    engine.chat.thread.submit(hold.wait)
     connection = http.client.HTTPConnection("127.0.0.1", frozen.port, timeout=60)
     connection.request("POST", "/v1/embeddings", json.dumps({"input": "gone"}))
     while not engine._embeddings:
@@ -228,7 +228,7 @@ def test_a_prompt_cannot_spell_a_token_that_was_trained_to_embed(make_served_mod
 
 def test_the_weights_are_there_once(frozen):
     gem = frozen.model[0]
-    handler = frozen.server.engine._chat
+    handler = frozen.server.engine.chat._chat
     model, tokenizer = handler.model_manager.load_model_and_processor("any-name")
     assert model is gem.model
     assert tokenizer is gem.tokenizer

@@ -50,6 +50,15 @@ def test_token_ids_are_read_as_they_are(frozen):
     np.testing.assert_allclose(vectors_of(one), frozen.model.encode(CORPUS[:1]), atol=1e-4)
 
 
+def test_token_ids_are_refused_where_they_were_not_allowed(full):
+    for given in ([5, 6], [[5, 6], [7]]):
+        refused = full.post("embeddings", {"input": given})
+        assert (refused.status, refused.error["param"]) == (400, "input")
+        assert "check_embedding_ctx_length=False" in refused.error["message"]
+        assert "--allow-token-ids" in refused.error["message"]
+    assert full.post("embeddings", {"input": ["5", "6"]}).status == 200
+
+
 def test_prompts_are_those_of_the_checkpoint(frozen):
     text, model = CORPUS[0], frozen.model
     cases = [
@@ -124,7 +133,7 @@ def test_requests_that_arrive_together_are_one_batch(frozen, monkeypatch):
 
     monkeypatch.setattr(engine.model, "encode", counting)
     hold = threading.Event()
-    engine._manager.submit(hold.wait)
+    engine.chat.thread.submit(hold.wait)
     replies = [None] * 8
 
     def ask(index):

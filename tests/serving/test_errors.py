@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -146,7 +147,7 @@ def test_a_key_is_asked_for(make_served_model):
 def test_a_full_queue_says_when_to_ask_again(make_served_model):
     with serving(make_served_model(), ServerOptions(max_queue=2)) as served:
         hold = threading.Event()
-        served.server.engine._manager.submit(hold.wait)
+        served.server.engine.chat.thread.submit(hold.wait)
         threads = [threading.Thread(target=served.post, args=("embeddings", TEXT)) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -213,6 +214,7 @@ def test_nothing_of_a_request_is_logged_but_its_size(frozen, caplog, capfd):
     assert "secret" not in "\n".join(lines) + out + err
 
 
+NUM_BODIES = int(os.environ.get("GEM_ST_BODIES", "400"))
 FIELDS = {*ChatBody.model_fields, *CompletionBody.model_fields, *EmbeddingBody.model_fields, *Message.model_fields}
 NAMES = st.sampled_from(sorted(FIELDS))
 JSON = st.recursive(
@@ -229,7 +231,11 @@ def spoil(path: str, name: str, value: object) -> dict[str, object]:
     return {**good, name: value, "no such field": value}
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=int(os.environ.get("GEM_ST_BODIES", 400)),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     path=st.sampled_from(["chat/completions", "completions", "embeddings"]),
     body=st.binary(max_size=40) | JSON | st.builds(lambda n, v: (n, v), NAMES, WRONG | JSON),
@@ -251,8 +257,20 @@ def test_any_value_of_a_field_is_answered_or_refused(frozen, path, name, value):
     assert reply.status == 200 or 400 <= reply.status < 500, (name, value, reply)
 
 
-def test_connections_that_say_nothing_or_half_of_it_hold_nobody_up(frozen):
-    idle = [socket.create_connection(("127.0.0.1", frozen.port)) for _ in range(200)]
+@pytest.fixture
+def many_files():
+    """Both ends of a thousand connections are files of this process."""
+    resource = pytest.importorskip("resource", reason="limits of files are those of Unix")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip(f"This process may have {hard} files, and needs 4,096.")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_connections_that_say_nothing_or_half_of_it_hold_nobody_up(frozen, many_files):
+    idle = [socket.create_connection(("127.0.0.1", frozen.port)) for _ in range(1000)]
     slow = idle[0]
     slow.sendall(b'POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: 14\r\n\r\n{"inp')
     assert frozen.post("embeddings", TEXT).status == 200

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from openai import APIConnectionError, APIStatusError, OpenAI
 from typer.testing import CliRunner
 
-import gem_st.cli.serve as command
+import gem_st.cli.serve as serve_command
 from gem_st.cli import app
 from gem_st.serving.run import ServeConfig, load_engine
 
@@ -28,17 +32,14 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def test_a_checkpoint_is_served_and_a_signal_lets_requests_finish(make_served_model, tmp_path):
-    model = make_served_model(freeze_base=True)
-    model.save(str(tmp_path / "gem"))
-    port = free_port()
+@contextmanager
+def command(folder, port: int, *options: str) -> Iterator[tuple[subprocess.Popen, OpenAI]]:
+    """The command, when it is ready, and a client of it."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "GEM_ST_API_KEY": "key"}
-    arguments = ["serve", str(tmp_path / "gem"), "--port", str(port), "--cache-gib", "0.01"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gem_st.cli", *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    arguments = [sys.executable, "-m", "gem_st.cli", "serve", str(folder), "--port", str(port), *options]
+    process = subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="key", max_retries=0)
     try:
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="key", max_retries=0)
         while True:
             try:
                 assert [served.id for served in client.models.list()] == ["gem"]
@@ -46,17 +47,36 @@ def test_a_checkpoint_is_served_and_a_signal_lets_requests_finish(make_served_mo
             except (APIConnectionError, APIStatusError):
                 assert process.poll() is None, process.stdout.read().decode()
                 time.sleep(0.1)
+        yield process, client
+    finally:
+        process.kill()
+
+
+def test_a_checkpoint_is_served_is_killed_and_is_served_until_a_signal_lets_requests_finish(
+    make_served_model, tmp_path
+):
+    model, port = make_served_model(freeze_base=True), free_port()
+    model.save(str(tmp_path / "gem"))
+    long = {"model": "gem", "messages": MESSAGES, "max_tokens": 150}
+    with command(tmp_path / "gem", port, "--cache-gib", "0.01", "--continuous-batching") as (process, client):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        headers = {"Authorization": "Bearer key"}
+        connection.request("POST", "/v1/chat/completions", json.dumps({**long, "stream": True}), headers)
+        response = connection.getresponse()
+        response.readline()
+        process.kill()
+        with pytest.raises((http.client.HTTPException, ConnectionError)):
+            response.read()
+        with pytest.raises(APIConnectionError):
+            client.embeddings.create(model="gem", input="bread")
+    with command(tmp_path / "gem", port, "--cache-gib", "0.01") as (process, client):
         vector = client.embeddings.create(model="gem", input="bread").data[0].embedding
         np.testing.assert_allclose(vector, model.encode("bread"), atol=1e-4)
-        stream = client.chat.completions.create(
-            model="gem", messages=MESSAGES, max_tokens=150, logit_bias={"1": -100}, stream=True
-        )
+        stream = client.chat.completions.create(**long, logit_bias={"1": -100}, stream=True)
         next(iter(stream))
         process.send_signal(signal.SIGTERM)
         assert list(stream)[-1].usage.completion_tokens == 150
         output = process.communicate(timeout=60)[0].decode()
-    finally:
-        process.kill()
     assert process.returncode in (0, -signal.SIGTERM)
     assert "gem is ready" in output
     assert "village" not in output
@@ -72,12 +92,12 @@ def test_what_is_no_checkpoint_ends_in_one_line(what, tmp_path, make_base, monke
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(command, "NEEDED", ("fastapi", "no_such_package"))
+    monkeypatch.setattr(serve_command, "NEEDED", ("fastapi", "no_such_package"))
     done = CliRunner().invoke(app, ["serve", "any"])
     assert done.exit_code == 1
     assert "no_such_package is not installed: pip install 'gem-st[serve]'" in done.output
-    monkeypatch.setattr(command, "NEEDED", ())
-    monkeypatch.setattr(command, "OLDEST_TRANSFORMERS", "99.0")
+    monkeypatch.setattr(serve_command, "NEEDED", ())
+    monkeypatch.setattr(serve_command, "OLDEST_TRANSFORMERS", "99.0")
     assert "needs transformers 99.0 or later" in " ".join(CliRunner().invoke(app, ["serve", "any"]).output.split())
 
 
