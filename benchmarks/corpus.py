@@ -1,12 +1,15 @@
 """`gem-st encode` with two actors against two plain processes, and its memory for ten times the texts.
 
     python benchmarks/corpus.py --data DATA --checkpoint runs/demo/frozen
+    python benchmarks/corpus.py --data DATA --checkpoint runs/demo/frozen --num 6144 --rows-per-part 512 \\
+        --ways plain Ray "Ray, niceness 15" "Ray, memory watched"
     python benchmarks/corpus.py --data DATA --only memory
 
 Texts are made of DATA/text/classic_books_sentences_200k.txt: of a hundred, eighty are one sentence, nineteen two, four
 or eight, one forty. A plain process loads the model, reads its half, calls `model.encode` once, with batches of 32, and
 writes parquet. Times are of whole processes, from their start to their end; `steady` is without start and loading: of
 plain processes the time in `encode`, of Ray the rows that were written after the second part, by the time since then.
+`niceness 15` is the priority that Ray gives its workers by itself, and `memory watched` looks at memory meanwhile.
 Memory is the sum of PSS over the driver and all processes that it started, looked at twice a second.
 """
 
@@ -35,6 +38,13 @@ from gem_st import GemTransformer, hub
 from gem_st.ray.fingerprint import describe_versions as describe_ray
 from gem_st.training.measures import describe_versions
 
+PLAIN_WAY = "plain"
+WAYS = {
+    "Ray": ({}, False),
+    "Ray, niceness 15": ({"RAY_worker_niceness": "15"}, False),
+    "Ray, memory watched": ({}, True),
+}
+"""Variables, and whether memory is looked at."""
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "corpus.jsonl"
 PLAIN = """
@@ -65,16 +75,17 @@ def write_corpus(data: Path, num: int, path: Path, *, is_mixed: bool, seed: int 
 
 
 def environment() -> dict[str, str]:
-    """One thread for each process, of all ways, and one priority: Ray's workers would let all others go first."""
-    alike = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **alike, "RAY_worker_niceness": "0"}
+    """One thread for each process, of all ways."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run_encode(checkpoint: str, data: Path, output: Path, *args: str, has_memory: bool = False) -> dict[str, float]:
+def run_encode(
+    checkpoint: str, data: Path, output: Path, *args: str, variables: dict[str, str] | None = None, has_memory: bool
+) -> dict[str, float]:
     """Run `gem-st encode` with two actors; seconds, and the largest sum of PSS in MiB, which takes time itself."""
     command = [sys.executable, "-m", "gem_st.cli", "encode", checkpoint, "--data", str(data), "--output", str(output)]
     start, peak = time.perf_counter(), 0.0
-    with subprocess.Popen([*command, "--num-actors", "2", *args], env=environment()) as process:
+    with subprocess.Popen([*command, "--num-actors", "2", *args], env=environment() | (variables or {})) as process:
         while process.poll() is None:
             peak = max(peak, measure_tree(process.pid)) if has_memory else peak
             time.sleep(0.5)
@@ -105,11 +116,9 @@ def steady_rate(output: Path) -> float:
     return sum(pq.read_metadata(file).num_rows for file in files[2:]) / seconds
 
 
-def measure_throughput(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Two plain processes, then two actors, on the same texts; and how far their vectors are apart."""
-    data, num = scratch / "corpus.parquet", args.num
-    write_corpus(args.data, num, data, is_mixed=True)
-    start = time.perf_counter()
+def run_plain(args: argparse.Namespace, data: Path, scratch: Path) -> tuple[dict[str, float], np.ndarray]:
+    """Two plain processes, each with half of the texts; texts a second, and the vectors."""
+    start, num = time.perf_counter(), args.num
     halves = [
         subprocess.Popen(
             [
@@ -126,23 +135,37 @@ def measure_throughput(args: argparse.Namespace, scratch: Path) -> dict[str, Any
         for place, end in ((0, num // 2), (num // 2, num))
     ]
     inside = [float(process.communicate()[0].split()[-1]) for process in halves]
-    plain = time.perf_counter() - start
-    found = run_encode(args.checkpoint, data, scratch / "out", "--dtype", args.dtype)
+    rates = {"whole": num / (time.perf_counter() - start), "steady": num / max(inside)}
     tables = [pq.read_table(scratch / f"{place}.parquet") for place in (0, num // 2)]
-    expected = as_array(pa.concat_tables(tables).sort_by("id"))
-    vectors = as_array(pq.read_table(scratch / "out" / "vectors").sort_by("id"))
-    steady = {"plain": num / max(inside), "Ray": steady_rate(scratch / "out")}
+    return rates, as_array(pa.concat_tables(tables).sort_by("id"))
+
+
+def measure_throughput(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """The ways, one after another, on the same texts; and how far their vectors are from those of plain processes."""
+    data = scratch / "corpus.parquet"
+    write_corpus(args.data, args.num, data, is_mixed=True)
+    rates, result, expected = {}, {}, None
+    for way in args.ways:
+        if way == PLAIN_WAY:
+            rates[way], expected = run_plain(args, data, scratch)
+            continue
+        output, (variables, has_memory) = scratch / way, WAYS[way]
+        options = ["--dtype", args.dtype, "--rows-per-part", str(args.rows_per_part)]
+        found = run_encode(args.checkpoint, data, output, *options, variables=variables, has_memory=has_memory)
+        rates[way] = {"whole": args.num / found["seconds"], "steady": steady_rate(output)}
+        if expected is not None:
+            result |= compare(as_array(pq.read_table(output / "vectors").sort_by("id")), expected)
+    for name in ("whole", "steady"):
+        result[f"texts/s, {name}"] = {way: round(found[name], 1) for way, found in rates.items()}
+    return result
+
+
+def compare(vectors: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """How far vectors are apart. Shapes: ``(N, D)``"""
+    errors = np.linalg.norm(vectors - expected, axis=1) / np.linalg.norm(expected, axis=1)
     return {
-        "texts/s, whole": {"plain": round(num / plain, 1), "Ray": round(num / found["seconds"], 1)},
-        "texts/s, steady": {name: round(rate, 1) for name, rate in steady.items()},
-        "Ray by plain": {
-            "whole": round(plain / found["seconds"], 3),
-            "steady": round(steady["Ray"] / steady["plain"], 3),
-        },
         "largest difference of an element": float(np.abs(vectors - expected).max()),
-        "largest relative error of a vector": float(
-            (np.linalg.norm(vectors - expected, axis=1) / np.linalg.norm(expected, axis=1)).max()
-        ),
+        "largest relative error of a vector": float(errors.max()),
     }
 
 
@@ -173,7 +196,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the layout of benchmarks/README.md")
     parser.add_argument("--checkpoint", help="folder of a checkpoint, for throughput")
     parser.add_argument("--only", nargs="+", choices=["throughput", "memory"], default=["throughput", "memory"])
+    parser.add_argument("--ways", nargs="+", choices=[PLAIN_WAY, *WAYS], default=[PLAIN_WAY, "Ray"])
     parser.add_argument("--num", type=int, default=20_000)
+    parser.add_argument("--rows-per-part", type=int, default=2048)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -181,7 +206,8 @@ def main() -> None:
     for name in args.only:
         with tempfile.TemporaryDirectory() as scratch:
             result = ways[name](args, Path(scratch))
-        settings = {"measured": name, "num": args.num, "dtype": args.dtype, "rows_per_part": 2048, "batch_tokens": 8192}
+        settings = {"measured": name, "num": args.num, "dtype": args.dtype, "rows_per_part": args.rows_per_part}
+        settings["batch_tokens"] = 8192
         line = {"settings": settings, "result": result, "versions": {**describe_versions(), **describe_ray()}}
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -31,26 +31,26 @@ def batches_of(dataset: Any) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
             yield batch, unit(batch.column("vector").flatten().to_numpy().reshape(len(batch), -1))
 
 
-def search_lancedb(folder: Path, query: np.ndarray, num: int) -> list[dict[str, Any]]:
+def search_lancedb(folder: Path, query: np.ndarray, num: int, index_from: int) -> list[dict[str, Any]]:
     """Load the rows into a table of LanceDB, index it if it is worth it, and search."""
     import lancedb
+    from lancedb.index import IvfPq
 
-    dataset = ds.dataset(folder / "vectors", format="parquet")
-    table = lancedb.connect(folder / "lancedb").create_table(
-        "corpus", data=dataset.to_batches(), schema=dataset.schema, mode="overwrite"
-    )
-    if table.count_rows() > 100_000:  # below that, comparing with all of them takes milliseconds
-        table.create_index(metric="cosine", index_type="IVF_PQ")
-    found = table.search(query).distance_type("cosine").limit(num).to_list()
-    return [{**row, "score": 1 - row["_distance"]} for row in found]
+    dataset, database = ds.dataset(folder / "vectors", format="parquet"), lancedb.connect(folder / "lancedb")
+    table = database.create_table("corpus", data=dataset.to_batches(), schema=dataset.schema, mode="overwrite")
+    if table.count_rows() >= index_from:
+        table.create_index("vector", config=IvfPq(distance_type="cosine"))
+    search = table.search(query).distance_type("cosine").refine_factor(10).limit(num)  # distances by whole vectors
+    return [{**row, "score": 1 - row["_distance"]} for row in search.to_list()]
 
 
-def search_faiss(folder: Path, query: np.ndarray, num: int) -> list[dict[str, Any]]:
-    """Put unit vectors into a graph of FAISS, and search."""
+def search_faiss(folder: Path, query: np.ndarray, num: int, index_from: int) -> list[dict[str, Any]]:
+    """Put unit vectors into FAISS, in a graph if that is worth it, and search."""
     import faiss
 
     dataset, rows = ds.dataset(folder / "vectors", format="parquet"), []
-    index = faiss.IndexHNSWFlat(len(query), 32, faiss.METRIC_INNER_PRODUCT)
+    kind = "HNSW32" if dataset.count_rows() >= index_from else "Flat"
+    index = faiss.index_factory(len(query), kind, faiss.METRIC_INNER_PRODUCT)
     for batch, vectors in batches_of(dataset):
         index.add(vectors)
         rows += batch.drop_columns(["vector"]).to_pylist()
@@ -65,10 +65,11 @@ def main() -> None:
     parser.add_argument("query")
     parser.add_argument("--engine", choices=["lancedb", "faiss"], default="lancedb")
     parser.add_argument("--num", type=int, default=5)
+    parser.add_argument("--index-from", type=int, default=100_000, help="rows that are worth an index, of 256 or more")
     args = parser.parse_args()
     query = hub.load(args.checkpoint).encode_query(args.query)
     search = {"lancedb": search_lancedb, "faiss": search_faiss}[args.engine]
-    for row in search(args.folder, query, args.num):
+    for row in search(args.folder, query, args.num, args.index_from):
         print(f"{row['score']:.3f}  {row['id']}  {row.get('text', '')}")
 
 

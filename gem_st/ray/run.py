@@ -48,6 +48,9 @@ SPARE_CPUS = 3
 STORE_BYTES = 2**28
 """Object store of a local run, and as much again for each actor: parts that wait to be written."""
 FILTER_BYTES = 2**28
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_worker_niceness": "0"}
+"""What a run sets unless it is set: nothing is reported, little is logged, and actors have the priority of the command;
+Ray's own 15 would have them give way to all else on the machine."""
 SAMPLE_PARTS, SAMPLE_TEXTS = 8, 256
 VECTORS, LANCE, REPORT, FINGERPRINT = "vectors", "vectors.lance", "report.jsonl", "fingerprint.json"
 ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Invalid|Interrupt))(?:: (.*))?$", re.MULTILINE)
@@ -186,8 +189,8 @@ def running_ray(
     Raises:
         ValueError: If the cluster has no room for them, so that they would wait for ever.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported unless that was asked for
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
     import ray.data

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from gem_st import hub
+from gem_st.ray.run import ENVIRONMENT
 
 from ..conftest import CORPUS
 
@@ -38,13 +41,22 @@ def corpus(tmp_path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _the_process_stays_as_it_was() -> Iterator[None]:
+    """A run in this process sets threads and environment as if it was its own."""
+    num_threads = torch.get_num_threads()
+    with patch.dict(os.environ):
+        yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="session")
 def started_ray() -> Iterator[object]:
-    """Ray on this machine, for the tests that need it in this process."""
+    """Ray on this machine, for the tests that need it in this process, and room for one actor."""
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(address="local", num_cpus=5, object_store_memory=2**28, **options)
+    with patch.dict(os.environ, ENVIRONMENT):
+        ray.init(address="local", num_cpus=4, object_store_memory=2**28, **options)
     yield ray
     ray.shutdown()

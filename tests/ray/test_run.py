@@ -6,10 +6,10 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import numpy as np
 import psutil
@@ -20,13 +20,31 @@ from typer.testing import CliRunner
 
 from gem_st import __version__, hub
 from gem_st.cli import app
-from gem_st.ray import EncodeConfig, EncodeError, Encoder, encode, preview, verify
-from gem_st.ray.run import PartEncoder, done_parts, find_room, first_error, join_reports, write_lance
+from gem_st.ray import EncodeConfig, EncodeError, encode, preview, verify
+from gem_st.ray.run import (
+    SPARE_CPUS,
+    PartEncoder,
+    done_parts,
+    find_room,
+    first_error,
+    join_reports,
+    num_threads,
+    write_lance,
+)
 
 from ..conftest import ROOT
+from ..snippets import run_snippet
 from .conftest import make_texts
 
 QUIET = {"say": lambda line: None, "shows_progress": False}
+DRIVER = """
+import os
+from pathlib import Path
+from gem_st.cli import app
+
+Path("driver").write_text(str(os.getpid()))
+app()
+"""
 
 
 @pytest.fixture
@@ -35,7 +53,7 @@ def config(checkpoint, corpus, tmp_path):
 
     def make(**options) -> EncodeConfig:
         settings = {"checkpoint": checkpoint, "data": str(corpus), "output": tmp_path / "out", "rows_per_part": 16}
-        return EncodeConfig(**{**settings, "num_actors": 2, "batch_tokens": 512, **options})
+        return EncodeConfig(**{**settings, "num_actors": 1, "batch_tokens": 512, **options})
 
     return make
 
@@ -50,13 +68,36 @@ def without_ray(monkeypatch):
     monkeypatch.setattr("gem_st.ray.run.running_ray", fail)
 
 
+@pytest.fixture
+def without_actors(monkeypatch):
+    """Runs end before their first part: what is refused before needs no Ray."""
+
+    @contextlib.contextmanager
+    def room(address, num_actors, gpus_per_actor):
+        yield num_actors, 0.0
+
+    def fail(*args, **kwargs):
+        raise AssertionError("Parts were given to actors")
+
+    monkeypatch.setattr("gem_st.ray.run.running_ray", room)
+    monkeypatch.setattr("gem_st.ray.run.write_parts", fail)
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """Of a process, with nothing of this one's Ray."""
+    return {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+
+
 def rows_of(folder) -> pa.Table:
     return pq.read_table(folder / "vectors").sort_by("id")
 
 
 def expected_rows(config) -> pa.Table:
     """What the parts give in this process, which is what an uninterrupted run writes."""
-    encoder = PartEncoder(config.names.all, **config.encoder_options(), num_threads=1)
+    ranges = json.loads((config.output / "fingerprint.json").read_text())["ranges"]
+    options = {**config.encoder_options(), "ranges": ranges, "num_threads": num_threads(config.num_actors, None)}
+    encoder = PartEncoder(config.names.all, **options)
     plan = pq.read_table(config.work / "plan.parquet")
     return pa.concat_tables([encoder(plan.slice(row, 1)) for row in range(len(plan))]).sort_by("id")
 
@@ -69,32 +110,64 @@ def actors_of(process: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-# ---- runs
+# ---- runs that are cut off
 
 
-def test_a_run_whose_actor_is_killed_gives_each_text_its_vector_once(started_ray, config, monkeypatch):
-    """And what goes with it: columns, the sidecar, the fingerprint, `verify`, and a run that finds all done."""
-    settings, killed = config(columns=("year",)), []
+def kill_driver(running, settings, folder, wanted: int) -> None:
+    """Kill the process of a command with SIGKILL when so many parts are done."""
+    while len(done_parts(settings.work / "done")) < wanted:
+        assert not running.done(), running.result()
+        time.sleep(0.02)
+    driver = psutil.Process(int((folder / "driver").read_text()))
+    (actor,) = actors_of(driver)
+    assert actor.nice() == driver.nice()
+    driver.kill()
+    assert running.result().returncode == -signal.SIGKILL
+    assert not psutil.wait_procs([actor], timeout=30)[1]
 
-    def kill_one() -> None:
+
+@contextlib.contextmanager
+def killing_an_actor(settings, wanted: int) -> Iterator[list[int]]:
+    """Kill the actor of this process when so many parts are done; gives its process id then."""
+    killed: list[int] = []
+
+    def kill() -> None:
         while not killed:
-            time.sleep(0.05)
-            actors = actors_of(psutil.Process())
-            if actors and done_parts(settings.work / "done"):
-                actors[0].kill()
+            time.sleep(0.02)
+            if len(done_parts(settings.work / "done")) >= wanted and (actors := actors_of(psutil.Process())):
                 killed.append(actors[0].pid)
+                actors[0].kill()
 
-    thread = threading.Thread(target=kill_one)
+    thread = Thread(target=kill)
     thread.start()
     try:
-        result = encode(settings, **QUIET)
+        yield killed
     finally:
-        done_before = bool(killed)
-        killed.append(0)
+        if not killed:
+            killed.append(0)  # which ends the thread
         thread.join()
-    assert done_before
-    assert (result.texts, result.vectors, result.new, result.cut) == (320, 320, 320, 0)
+
+
+def test_a_run_whose_driver_is_killed_twice_and_an_actor_once_gives_the_same_bits(
+    started_ray, config, python, environment, tmp_path
+):
+    """And what goes with it: columns, the fingerprint, `verify`, and a run that finds all done."""
+    settings, done = config(columns=("year",)), set()
+    (tmp_path / "driver.py").write_text(DRIVER)
+    options = ["--rows-per-part", 16, "--num-actors", 1, "--batch-tokens", 512, "--columns", "year"]
+    command = ["encode", settings.checkpoint, "--data", settings.data, "--output", settings.output, *options]
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(python.run, "driver.py", *command, env=environment, cwd=tmp_path)
+            kill_driver(running, settings, tmp_path, len(done) + 1)
+        done = done_parts(settings.work / "done")
+    assert 2 <= len(done) < 19
+    with killing_an_actor(settings, len(done) + 1) as killed:
+        result = encode(settings, **QUIET)
+    assert killed != [0]
+    assert (result.texts, result.vectors, result.new, result.cut) == (320, 320, 320 - 16 * len(done), 0)
     rows = rows_of(settings.output)
+    assert len(rows["id"].unique()) == len(rows) == 320
     assert rows.equals(expected_rows(settings))
     assert rows.column_names == ["id", "year", "vector", "part"]
     plain = hub.load(settings.checkpoint).encode_document(make_texts(320))
@@ -107,76 +180,15 @@ def test_a_run_whose_actor_is_killed_gives_each_text_its_vector_once(started_ray
     assert rows_of(settings.output).equals(rows)
 
 
-def test_encoder_is_a_class_for_map_batches(started_ray, checkpoint, corpus):
-    rows = started_ray.data.read_parquet(str(corpus)).map_batches(
-        Encoder,
-        fn_constructor_kwargs={"checkpoint": checkpoint, "columns": ["year"]},
-        batch_format="pyarrow",
-        batch_size=100,
-        compute=started_ray.data.ActorPoolStrategy(size=1),
-    )
-    found = sorted(rows.take_all(), key=lambda row: row["id"])
-    assert [row["year"] for row in found] == list(range(320))
-    plain = hub.load(checkpoint).encode_document(make_texts(320))
-    np.testing.assert_allclose(np.stack([row["vector"] for row in found]), plain, rtol=1e-5, atol=1e-5)
-
-
-def start(config, *args: str) -> subprocess.Popen:
-    options = ["--rows-per-part", "16", "--num-actors", "2", "--batch-tokens", "512"]
-    command = [sys.executable, "-m", "gem_st.cli", "encode", config.checkpoint, "--data", config.data]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{ROOT}"}
-    return subprocess.Popen(
-        [*command, "--output", str(config.output), *options, *args], env=env, stderr=subprocess.PIPE
-    )
-
-
-def test_a_driver_that_is_killed_twice_goes_on_to_the_same_bits(started_ray, config):
-    settings = config()
-    for wanted in (1, 2):
-        process = start(settings)
-        while len(done_parts(settings.work / "done")) < wanted:
-            assert process.poll() is None, process.stderr.read().decode()
-            time.sleep(0.05)
-        actors = actors_of(psutil.Process(process.pid))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
-        assert not psutil.wait_procs(actors, timeout=30)[1]
-    done = done_parts(settings.work / "done")
-    assert 2 <= len(done) < 20
-    result = encode(settings, **QUIET)
-    assert result.new == 320 - 16 * len(done)
-    rows = rows_of(settings.output)
-    assert len(rows["id"].unique()) == len(rows) == 320
-    assert rows.equals(expected_rows(settings))
-    assert verify(settings.output).passed
-
-
-def test_a_damaged_row_group_stops_a_run_and_leaves_what_is_done(started_ray, config, corpus):
-    content = corpus.read_bytes()
-    chunk = pq.read_metadata(corpus).row_group(17).column(1)
-    begin = chunk.dictionary_page_offset or chunk.data_page_offset
-    size = chunk.total_compressed_size
-    corpus.write_bytes(content[:begin] + b"\xff" * size + content[begin + size :])
-    settings = config(num_actors=1)
-    with pytest.raises(EncodeError, match=r"Part 17: .*corpus\.parquet: row groups 17 to 17 cannot be read"):
-        encode(settings, **QUIET)
-    done = done_parts(settings.work / "done")
-    assert done
-    assert 17 not in done
-    failed = verify(settings.output)
-    assert not failed.passed
-    assert "no vector" in str(failed) or "cut off" in str(failed)
-
-
 # ---- what is refused
 
 
-def test_vectors_of_another_model_are_not_appended_and_another_file_is(started_ray, config, make_model, tmp_path):
-    """In int8, whose ranges stay those of the output."""
-    options = {"limit": 16, "num_actors": 1, "precision": "int8"}
-    encode(config(**options), **QUIET)
-    before = rows_of(tmp_path / "out")
+@pytest.mark.usefixtures("without_actors")
+def test_vectors_of_another_model_are_not_appended(config, make_model, tmp_path):
+    options = {"limit": 16, "precision": "int8"}
+    output = write_output(config(**options))
+    before = rows_of(output)
+    assert encode(config(**options), **QUIET).new == 0  # these are the same
     other = str(hub.export(make_model(freeze_base=True, num_gem_tokens=1), tmp_path / "other"))
     for changed, word in (
         ({"checkpoint": other}, "weights"),
@@ -187,15 +199,7 @@ def test_vectors_of_another_model_are_not_appended_and_another_file_is(started_r
     ):
         with pytest.raises(ValueError, match=word):
             encode(config(**{**options, **changed}), **QUIET)
-    assert rows_of(tmp_path / "out").equals(before)
-    more = tmp_path / "more.parquet"
-    pq.write_table(pa.table({"id": ["x", "y"], "text": ["a b c", None]}), more)
-    result = encode(config(data=str(more), num_actors=1, precision="int8"), **QUIET)
-    assert (result.texts, result.vectors, result.new) == (18, 17, 2)
-    assert result.without_vector == {"null": 1, "empty": 0}
-    assert json.loads((tmp_path / "out" / "report.jsonl").read_text()) == {"id": "y", "reason": "null"}
-    assert rows_of(tmp_path / "out")["vector"].type == pa.list_(pa.int8(), 32)
-    assert verify(tmp_path / "out").passed
+    assert rows_of(output).equals(before)
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -261,8 +265,9 @@ def test_errors_of_actors_and_disks_are_found_in_what_ray_says():
 # ---- before and after
 
 
-def test_a_dry_run_measures_a_sample_and_writes_no_vector(started_ray, config):
-    told = preview(config(), say=lambda line: None)
+@pytest.mark.usefixtures("without_actors")
+def test_a_dry_run_measures_a_sample_and_writes_no_vector(config):
+    told = preview(config(num_actors=2), say=lambda line: None)
     assert (told["texts"], told["parts"], told["of which are done"]) == (320, 20, 0)
     assert told["hours"] == pytest.approx(320 / 2 / told["texts/s, one actor"] / 3600, abs=1e-3)
     assert not (config().output / "vectors").exists()
@@ -305,13 +310,15 @@ def write_output(settings: EncodeConfig):
 
     _, plan = make_plan(settings, print)
     settings.work.mkdir(parents=True, exist_ok=True)
-    (settings.output / VECTORS).mkdir()
-    _settle(settings, plan, 0, 1)
+    for folder in (settings.output / VECTORS, settings.work / "done"):
+        folder.mkdir()
+    ranges = _settle(settings, plan, 0, 1)
     write_plan(settings.work / "plan.parquet", plan)
-    encoder = PartEncoder(settings.names.all, **settings.encoder_options())
+    encoder = PartEncoder(settings.names.all, **settings.encoder_options(), ranges=ranges)
     table = pq.read_table(settings.work / "plan.parquet")
     for row in range(len(plan)):
         pq.write_table(encoder(table.slice(row, 1)), settings.output / VECTORS / f"{row}.parquet")
+        pq.write_table(pa.table({"part": [row]}), settings.work / "done" / f"{row}.parquet")
     join_reports(settings.work / "reports", settings.output / "report.jsonl")
     return settings.output
 
@@ -332,13 +339,17 @@ def test_lance_has_the_rows_of_the_parquet_files(tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["lancedb", "faiss"])
-def test_the_example_searches_with_the_vectors_of_encode_query(config, python, tmp_path, engine):
+@pytest.mark.parametrize("index_from", [256, 1000])
+def test_the_example_searches_with_the_vectors_of_encode_query(
+    config, python, environment, tmp_path, engine, index_from
+):
+    """In 320 vectors, with an index and without."""
     pytest.importorskip(engine)
     settings = config(columns=("text",), rows_per_part=160)
     output, text = write_output(settings), make_texts(320)[11]
+    options = ["--engine", engine, "--num", 3, "--index-from", index_from]
     script = ROOT / "examples" / "search_corpus.py"
-    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = python.run(script, settings.checkpoint, output, text, "--engine", engine, "--num", 3, cwd=tmp_path, env=env)
+    done = python.run(script, settings.checkpoint, output, text, *options, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     model = hub.load(settings.checkpoint)
@@ -346,3 +357,51 @@ def test_the_example_searches_with_the_vectors_of_encode_query(config, python, t
     best = cosines.argsort(descending=True)[:3].tolist()
     assert [line.split()[1] for line in lines] == [f"doc-{place:04}" for place in best]
     assert float(lines[0].split()[0]) == pytest.approx(float(cosines[best[0]]), abs=2e-3)
+    if engine == "lancedb":
+        indices = list((output / "lancedb" / "corpus.lance").glob("_indices/*"))
+        assert bool(indices) == (index_from <= 320)
+
+
+# ---- runs on the Ray of this process
+
+
+def test_the_lines_of_the_page_embed_a_corpus(started_ray, checkpoint, corpus, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("ray.init", lambda **options: asked.update(options))
+    paths = {"corpus.parquet": str(corpus), "runs/demo/frozen": checkpoint, '"vectors"': repr(str(tmp_path / "out"))}
+    run_snippet("corpus.md", "From Python", {**paths, "size=2": "size=1"})
+    assert asked["num_cpus"] == 2 + SPARE_CPUS
+    found = pq.read_table(tmp_path / "out").sort_by("id")
+    assert found["year"].to_pylist() == list(range(320))
+    plain = hub.load(checkpoint).encode_document(make_texts(320))
+    np.testing.assert_allclose(np.array(found["vector"].to_pylist()), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_damaged_row_group_stops_a_run_which_goes_on_when_it_is_whole(started_ray, config, corpus, tmp_path):
+    """In int8, whose ranges stay those of the output; another file is there by then, and is appended."""
+    data = tmp_path / "data"
+    data.mkdir()
+    content, chunk = corpus.read_bytes(), pq.read_metadata(corpus).row_group(17).column(1)
+    begin = chunk.dictionary_page_offset or chunk.data_page_offset
+    size = chunk.total_compressed_size
+    (data / "a.parquet").write_bytes(content[:begin] + b"\xff" * size + content[begin + size :])
+    settings = config(data=str(data), precision="int8")
+    with pytest.raises(EncodeError, match=r"Part 17: .*a\.parquet: row groups 17 to 17 cannot be read"):
+        encode(settings, **QUIET)
+    done, noted = done_parts(settings.work / "done"), (settings.output / "fingerprint.json").read_text()
+    assert done
+    assert 17 not in done
+    failed = verify(settings.output)
+    assert not failed.passed
+    assert "no vector" in str(failed) or "cut off" in str(failed)
+    (data / "a.parquet").write_bytes(content)
+    pq.write_table(pa.table({"id": ["x", "y"], "text": ["a b c", None]}), data / "b.parquet")
+    result = encode(settings, **QUIET)
+    assert (result.texts, result.vectors, result.new) == (322, 321, 322 - 16 * len(done))
+    assert result.without_vector == {"null": 1, "empty": 0}
+    assert json.loads((settings.output / "report.jsonl").read_text()) == {"id": "y", "reason": "null"}
+    assert (settings.output / "fingerprint.json").read_text() == noted
+    rows = rows_of(settings.output)
+    assert rows["vector"].type == pa.list_(pa.int8(), 32)
+    assert rows.equals(expected_rows(settings))
+    assert verify(settings.output).passed
