@@ -369,7 +369,7 @@ def test_the_lines_of_the_page_embed_a_corpus(started_ray, checkpoint, corpus, t
     asked = {}
     monkeypatch.setattr("ray.init", lambda **options: asked.update(options))
     paths = {"corpus.parquet": str(corpus), "runs/demo/frozen": checkpoint, '"vectors"': repr(str(tmp_path / "out"))}
-    run_snippet("corpus.md", "From Python", {**paths, "size=2": "size=1"})
+    run_snippet("corpus.md", "From Python", {**paths, "(size=2)": "(size=1)"})
     assert asked["num_cpus"] == 2 + SPARE_CPUS
     found = pq.read_table(tmp_path / "out").sort_by("id")
     assert found["year"].to_pylist() == list(range(320))
