@@ -102,11 +102,12 @@ def expected_rows(config) -> pa.Table:
     return pa.concat_tables([encoder(plan.slice(row, 1)) for row in range(len(plan))]).sort_by("id")
 
 
-def actors_of(process: psutil.Process) -> list[psutil.Process]:
+def workers_of(process: psutil.Process, title: str = "ray::") -> list[psutil.Process]:
+    """Processes of tasks and actors below a driver, which have their name for a title."""
     found = []
     for child in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it ended meanwhile
-            found += [child] if "PartEncoder" in " ".join(child.cmdline()) else []
+            found += [child] if title in " ".join(child.cmdline()) else []
     return found
 
 
@@ -119,11 +120,11 @@ def kill_driver(running, settings, folder, wanted: int) -> None:
         assert not running.done(), running.result()
         time.sleep(0.02)
     driver = psutil.Process(int((folder / "driver").read_text()))
-    (actor,) = actors_of(driver)
+    (actor,), workers = workers_of(driver, "PartEncoder"), workers_of(driver)
     assert actor.nice() == driver.nice()
     driver.kill()
     assert running.result().returncode == -signal.SIGKILL
-    assert not psutil.wait_procs([actor], timeout=30)[1]
+    assert not psutil.wait_procs([actor, *workers], timeout=30)[1]  # none of them writes any more
 
 
 @contextlib.contextmanager
@@ -134,7 +135,9 @@ def killing_an_actor(settings, wanted: int) -> Iterator[list[int]]:
     def kill() -> None:
         while not killed:
             time.sleep(0.02)
-            if len(done_parts(settings.work / "done")) >= wanted and (actors := actors_of(psutil.Process())):
+            if len(done_parts(settings.work / "done")) >= wanted and (
+                actors := workers_of(psutil.Process(), "PartEncoder")
+            ):
                 killed.append(actors[0].pid)
                 actors[0].kill()
 
