@@ -4,10 +4,11 @@
     python benchmarks/serve_load.py --checkpoint runs/demo/frozen --base $base
 
 Clients ask one thing after the other: with a chance of 0.7 for an embedding of 64 tokens, else for an answer of 64
-tokens. Each setting is a run of mixed load, then one of embeddings alone and one of chats alone by as many clients.
-Vectors are compared with those of `encode`, answers with those of the other settings. Servers are processes of
-`--python`, where only `gem-st[serve,lora]` should be installed: what is installed beside it, Sentence Transformers
-imports. Exits with 1 if a request fails or a vector differs.
+tokens. Each setting is a run of mixed load, then one of embeddings alone and one of chats alone by as many clients;
+of `gem` the embedding of a conversation is timed before, cold and after its chat. Vectors are compared with those of
+`encode`, answers with those of the other settings. Servers are processes of `--python`, where only
+`gem-st[serve,lora]` should be installed: what is installed beside it, Sentence Transformers imports. Exits with 1 if a
+request fails or a vector differs.
 """
 
 from __future__ import annotations
@@ -199,6 +200,28 @@ class Clients:
         phase.answers.setdefault(question, set()).add(done.choices[0].message.content)
 
 
+def time_conversations(clients: Clients, rounds: int = 3) -> dict[str, float]:
+    """Seconds for the embedding of a conversation of about 1,000 tokens: never read before, and after its chat."""
+
+    async def embed(messages: list[dict[str, str]]) -> float:
+        start = time.monotonic()
+        body = {"model": clients.model, "messages": messages}
+        await clients.embed.post("/embeddings", body=body, cast_to=object)
+        return time.monotonic() - start
+
+    async def run() -> dict[str, float]:
+        found: dict[str, list[float]] = {"cold": [], "after its chat": []}
+        for index in range(rounds):
+            texts = [" ".join(clients.texts[15 * part :][:15]) for part in (2 * index, 2 * index + 1)]
+            cold, chatted = ([{"role": "user", "content": text}] for text in texts)
+            found["cold"].append(await embed(cold))
+            await clients.chat.chat.completions.create(model=clients.model, messages=chatted, max_tokens=2)
+            found["after its chat"].append(await embed(chatted))
+        return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+    return asyncio.run(run())
+
+
 def measure(setting: str, args: argparse.Namespace, load: Any) -> tuple[dict[str, Any], dict[str, set[str]]]:
     """All runs of one setting, and the answers."""
     with ExitStack() as stack:
@@ -215,6 +238,7 @@ def measure(setting: str, args: argparse.Namespace, load: Any) -> tuple[dict[str
                 name: await clients.run(share, lengths.get(name, args.seconds / 5)) for name, share in shares.items()
             }
 
+        conversation = time_conversations(Clients(setting, servers, args, load)) if setting == "gem" else None
         phases = asyncio.run(run_all())
     errors = [error for phase in phases.values() for error in phase.errors]
     print("\n".join(errors[:5]), end="\n" if errors else "")
@@ -222,7 +246,8 @@ def measure(setting: str, args: argparse.Namespace, load: Any) -> tuple[dict[str
     for phase in phases.values():
         for question, texts in phase.answers.items():
             answers.setdefault(question, set()).update(texts)
-    return {"setting": setting, **{name: phase.summary() for name, phase in phases.items()}}, answers
+    found = {name: phase.summary() for name, phase in phases.items()}
+    return {"setting": setting, "conversation": conversation, **found}, answers
 
 
 def write_vectors(args: argparse.Namespace, texts: list[str]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers import __version__ as sentence_transformers_version
 from transformers import __version__ as transformers_version
@@ -21,6 +20,7 @@ from .._version import __version__
 from ..cards.card_data import render_card
 from ..files import hash_file, write_json
 from ..finding import require_gem
+from ..modeling.gem_cache import write_tensors
 from .gguf_adapter import check_activated, save_activated
 from .layout import CARD, FORMATS, REFERENCE_FILES, REFERENCE_PROMPT, REFERENCE_TEXTS, list_files
 from .stock import check_stock, save_stock
@@ -118,7 +118,7 @@ def _write_reference(model: SentenceTransformer, gem: Any, folder: Path, format:
     ids = torch.tensor(gem.base.text.encode([REFERENCE_PROMPT]), device=gem.model.device)
     logits = gem.model(ids).logits[0, -1]
     tensors = {"embeddings": embeddings.float().cpu().contiguous(), "logits": logits.float().cpu().contiguous()}
-    save_file(tensors, folder / REFERENCE_FILES[1], metadata={"format": "pt"})
+    write_tensors(tensors, folder / REFERENCE_FILES[1])
     reference = {
         "format": format,
         "texts": REFERENCE_TEXTS,

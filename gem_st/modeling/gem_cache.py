@@ -53,6 +53,14 @@ def expand_rows(shared: tuple[Tensor, DynamicCache], num_rows: int) -> tuple[Ten
     return states.expand(num_rows, -1, -1), cache_of(layers)
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    """Write a safetensors file that may be read like other files made here; safetensors leaves it to its owner."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    path.chmod(mode)
+
+
 class CachedRows:
     """Keys and values of a batch of rows, with further tensors whose first dimension is the rows'.
 
@@ -130,7 +138,7 @@ class CachedRows:
         target = Path(path).resolve()
         part = target.with_name(f"{target.name}.part")
         try:
-            save_file(self._map(Tensor.contiguous).tensors(), part, metadata={"format": "pt", "kind": self.kind})
+            write_tensors(self._map(Tensor.contiguous).tensors(), part, kind=self.kind)
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file, logging
 
 from .gem_adapter import add_lora, import_peft
+from .gem_cache import write_tensors
 from .gem_files import (
     check_base_unchanged,
     copy_base,
@@ -275,7 +276,7 @@ def _save_adapter(gem: Any, folder: Path, fingerprint: dict[str, str | None]) ->
     folder.mkdir(parents=True, exist_ok=True)
     lora = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     lora = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in lora.items()}
-    save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(lora, folder / "adapter_model.safetensors")
     config = copy.copy(model.peft_config[name])
     config.base_model_name_or_path = gem.settings().get("base_model_name_or_path")
     config.inference_mode = True
@@ -289,7 +290,7 @@ def _save_adapter(gem: Any, folder: Path, fingerprint: dict[str, str | None]) ->
     rows = [gem.gem_embeddings] if gem.freeze_base else [matrix[gem.gem_token_ids] for matrix in matrices]
     named = {f"gem_rows.{index}": row.detach().contiguous() for index, row in enumerate(rows) if row is not None}
     if named:
-        save_file(named, folder / GEM_ROWS, metadata={"format": "pt"})
+        write_tensors(named, folder / GEM_ROWS)
     _write_json(folder / "base_fingerprint.json", fingerprint)
     if not gem.save_base and is_local(gem.base_model_name_or_path):
         logger.warning(

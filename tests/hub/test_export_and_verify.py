@@ -104,6 +104,17 @@ def test_an_export_passes(make_base, tmp_path, kind):
     assert ("the base it names" in str(result)) == (kind == "adapter_only")
 
 
+def test_all_files_may_be_read_like_others_made_here(make_base, tmp_path):
+    """safetensors makes files that only their owner may read."""
+    model = build(make_base(), freeze_base=True)
+    hub.export(model, tmp_path / "gem")
+    model[0].prefill(["It rained."]).save(tmp_path / "gem/cache.safetensors")
+    (tmp_path / "other").touch()
+    modes = {path: path.stat().st_mode for path in (tmp_path / "gem").rglob("*") if path.is_file()}
+    assert {"adapter_model.safetensors", "cache.safetensors"} <= {path.name for path in modes}
+    assert set(modes.values()) == {(tmp_path / "other").stat().st_mode}
+
+
 def test_a_base_in_bfloat16_beside_an_adapter_in_float32_passes(make_base, tmp_path):
     base = tmp_path / "base"
     model = AutoModelForCausalLM.from_pretrained(make_base(), dtype=torch.bfloat16)
