@@ -51,7 +51,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
 }
 """Where the public names are: torch and transformers are imported with the first that is asked for."""
 
-_WINGS = ("cards", "cli", "evaluation", "hub", "losses", "modeling", "serving", "training")
+_WINGS = ("cards", "cli", "evaluation", "hub", "losses", "modeling", "ray", "serving", "training")
 
 sys.meta_path.append(MovedModules())
 __getattr__ = lazy(__name__, _MODULES | dict.fromkeys([*_WINGS, *MOVED], ()))

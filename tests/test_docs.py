@@ -89,7 +89,7 @@ def test_the_matrix_of_the_readme_is_that_of_the_docstring():
 
 
 @pytest.mark.parametrize(
-    "name", ["encode", "train_self_supervised", "train_supervised", "see_the_mask", "rag_one_model"]
+    "name", ["encode", "train_self_supervised", "train_supervised", "see_the_mask", "rag_one_model", "search_corpus"]
 )
 def test_examples_are_short(name):
     assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 80

@@ -42,7 +42,9 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", ["--help", "--version", "train --help", "eval --help", "verify --help"])
+@pytest.mark.parametrize(
+    "command", ["--help", "--version", "train --help", "eval --help", "verify --help", "encode --help"]
+)
 def test_help_and_version_answer_without_torch(command):
     done = run_python(RUN, *command.split())
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,297 @@
+"""Encoder: a class for `map_batches` of Ray Data, which loads a checkpoint once and embeds tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
+
+from .. import hub
+from ..files import read_json, write_text
+from ..finding import find_gem
+from ..hub.layout import REFERENCE_FILES
+from ..hub.loading import fetch
+from .fingerprint import describe_dtypes, describe_model, document_prompt, refuse_other
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("float32", "float16", "int8", "binary")
+VECTOR = "vector"
+BATCH_TOKENS = 8192
+OTHER_DTYPE = 0.25
+"""Relative error allowed of reference vectors in another data type than theirs; those of another model have 1."""
+NULL, EMPTY, TOO_LONG = "null", "empty", "too long"
+
+
+class EncodeError(ValueError):
+    """What stops a run; its message is one line, which finds its way out of an actor."""
+
+
+class Encoder:
+    """Embeds the texts of a table; made to be given to `map_batches` as a class, so that each actor loads it once.
+
+    ``dataset.map_batches(Encoder, fn_constructor_kwargs={"checkpoint": "org/gem"}, batch_format="pyarrow",
+    batch_size=4096, compute=ray.data.ActorPoolStrategy(size=2), num_gpus=1)``
+
+    Vectors are those of ``model.encode_document``, or of ``model.encode(prompt_name=...)``. Texts of like length go
+    through the model together, as many as have ``batch_tokens`` tokens, padding included; equal texts of a table go
+    once. In their last bits vectors depend on what they are batched with, which is the table alone.
+
+    Args:
+        checkpoint: Folder or Hub id, of a GEM model or any other SentenceTransformer.
+        text_column: Column of the texts.
+        id_column: Column that says which text is which.
+        columns: Others to be kept.
+        prompt_name: Name of a prompt of the model; by default that of documents, if there is one.
+        precision: ``"float32"``, ``"float16"``, ``"int8"`` or ``"binary"`` (bits, packed by eight).
+        truncate_dim: Keep so many elements of each vector.
+        ranges: Least and largest value of each element, which int8 needs. Shape: ``(2, D)``
+        batch_tokens: Tokens of a batch; a longer text is a batch of its own.
+        report: Folder for what is to be known of texts: which have no vector, and which were cut.
+        expected: A fingerprint that the checkpoint must have, see :func:`gem_st.ray.fingerprint.describe_model`.
+        num_threads: Threads of torch; by default those that it has.
+        dtype: Data type to load in.
+        device: Where to run; by default an accelerator if there is one.
+        revision: Branch, tag or commit of a repository.
+        token: Hub token.
+        trust_remote_code: Run code of the checkpoint that is not this gem_st's.
+
+    Raises:
+        EncodeError: If the checkpoint does not give its reference vectors, or has another fingerprint.
+        ValueError: If an option is none of these, or the checkpoint's code is not trusted.
+        OSError: If the checkpoint cannot be reached.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        text_column: str = "text",
+        id_column: str = "id",
+        columns: Sequence[str] = (),
+        prompt_name: str | None = None,
+        precision: str = "float32",
+        truncate_dim: int | None = None,
+        ranges: Any = None,
+        batch_tokens: int = BATCH_TOKENS,
+        report: str | None = None,
+        expected: dict[str, Any] | None = None,
+        num_threads: int | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        check_options(precision, batch_tokens, truncate_dim)
+        if precision == "int8" and ranges is None:
+            raise ValueError("precision='int8' needs ranges=, the least and largest value of each element.")
+        self.text_column, self.id_column, self.columns = text_column, id_column, list(columns)
+        self.prompt_name, self.precision, self.truncate_dim = prompt_name, precision, truncate_dim
+        self.ranges = None if ranges is None else np.asarray(ranges, dtype=np.float32)
+        self.batch_tokens, self.report = batch_tokens, report
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        hub_kwargs: dict[str, Any] = {"revision": revision, "token": token}
+        self.model = load_model(checkpoint, dtype, device, trust_remote_code, **hub_kwargs)
+        self.prompt = document_prompt(self.model, prompt_name)
+        check_reference(self.model, checkpoint, **hub_kwargs)
+        self.fingerprint = describe_model(
+            self.model, prompt_name=prompt_name, precision=precision, truncate_dim=truncate_dim
+        )
+        if expected is not None:
+            refuse_other(checkpoint, "this run", expected, self.fingerprint, EncodeError)
+
+    def __call__(self, batch: Any) -> pa.Table:
+        """Embed the texts of a table.
+
+        Args:
+            batch: A table, or arrays by column.
+
+        Returns:
+            Ids, columns that were asked for, and ``vector``, a fixed-size list; without texts that are null or blank.
+
+        Raises:
+            EncodeError: If a column is missing, holds no text, or a vector is not finite.
+        """
+        table = batch if isinstance(batch, pa.Table) else pa.table(dict(batch))
+        texts: list[Any] = self._texts_of(table)
+        kept = [row for row, text in enumerate(texts) if text and text.strip()]
+        unique: list[str] = list(dict.fromkeys(texts[row] for row in kept))
+        lengths = self.count_tokens(unique)
+        vectors, place = self.embed(unique, lengths), {text: row for row, text in enumerate(unique)}
+        rows = [place[texts[row]] for row in kept]
+        ids = table[self.id_column]
+        if not np.isfinite(vectors).all():
+            bad = [
+                ids[row].as_py() for row, found in zip(kept, rows, strict=True) if not np.isfinite(vectors[found]).all()
+            ]
+            raise EncodeError(f"Vectors of {len(bad)} texts are not finite in {self.precision}, ids {bad[:5]}.")
+        self._write_report(ids, texts, dict(zip(kept, (lengths[row] for row in rows), strict=True)))
+        result = table.select([self.id_column, *self.columns]).take(pa.array(kept, pa.int64()))
+        return result.append_column(VECTOR, as_lists(vectors[rows]))
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """Tokens that each text would have if nothing was cut, with prompt, special and GEM tokens."""
+        gem = find_gem(self.model)
+        if not texts:
+            return []
+        if gem is not None:
+            return [len(row) + gem.num_gem_tokens for row in gem.base.text.encode(texts, self.prompt)]
+        tokenizer: Any = getattr(self.model, "tokenizer", None)
+        if not callable(tokenizer):  # of a model of words, which has no length
+            return [1 + len(text) // 4 for text in texts]
+        return [len(row) for row in tokenizer([self.prompt + text for text in texts], verbose=False)["input_ids"]]
+
+    def embed(self, texts: list[str], lengths: list[int] | None = None) -> np.ndarray:
+        """Vectors of texts in the precision asked for. Shape: ``(N, D)``, or ``(N, D / 8)`` for bits"""
+        lengths = self.count_tokens(texts) if lengths is None else lengths
+        most = self.model.max_seq_length or max(lengths, default=1)
+        parts, order = [], []
+        for batch in token_batches([min(length, most) for length in lengths], self.batch_tokens):
+            parts.append(self._encode([texts[row] for row in batch]))
+            order += batch
+        if not parts:
+            width = self.fingerprint["dimension"]
+            return convert(np.zeros((0, width), np.float32), self.precision, self.ranges)
+        vectors = np.empty((len(texts), parts[0].shape[1]), np.float32)
+        vectors[order] = np.concatenate(parts)
+        return convert(vectors, self.precision, self.ranges)
+
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        options: dict[str, Any] = {"batch_size": len(texts), "show_progress_bar": False}
+        options["truncate_dim"] = self.truncate_dim
+        if self.prompt_name is None:
+            return self.model.encode_document(texts, **options)
+        return self.model.encode(texts, prompt_name=self.prompt_name, **options)
+
+    def _texts_of(self, table: pa.Table) -> list[str | None]:
+        wanted = [self.id_column, self.text_column, *self.columns]
+        if missing := [name for name in wanted if name not in table.column_names]:
+            raise EncodeError(f"There is no column {missing[0]!r}. There are: {table.column_names}.")
+        column = table[self.text_column]
+        if not is_text(column.type):
+            raise EncodeError(f"Column {self.text_column!r} holds {column.type}, and not text.")
+        return column.to_pylist()
+
+    def _write_report(self, ids: Any, texts: list[str | None], lengths: dict[int, int]) -> None:
+        """Write a line for each text that is not embedded as it is; the same table gives the same file."""
+        if self.report is None:
+            return
+        most = self.model.max_seq_length or float("inf")
+        lines = []
+        for row, text in enumerate(texts):
+            if row not in lengths:
+                lines.append({"id": ids[row].as_py(), "reason": NULL if text is None else EMPTY})
+            elif lengths[row] > most:
+                found = {"tokens": lengths[row], "read": most}
+                lines.append({"id": ids[row].as_py(), "reason": TOO_LONG, **found})
+        if lines:
+            content = "".join(f"{json.dumps(line, ensure_ascii=False, default=str)}\n" for line in lines)
+            name = hashlib.sha256(content.encode()).hexdigest()[:24]
+            Path(self.report).mkdir(parents=True, exist_ok=True)
+            write_text(Path(self.report) / f"{name}.jsonl", content)
+
+
+def check_options(precision: str, batch_tokens: int, truncate_dim: int | None) -> None:
+    """Raise ValueError if an option is out of its range."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
+    if batch_tokens < 1 or (truncate_dim is not None and truncate_dim < 1):
+        raise ValueError(f"batch_tokens and truncate_dim must be 1 or more, got {batch_tokens} and {truncate_dim}.")
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """True for columns of text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def load_model(
+    checkpoint: str, dtype: str, device: str | None, trust_remote_code: bool, **hub_kwargs: Any
+) -> SentenceTransformer:
+    """A GEM checkpoint by :func:`gem_st.hub.load`, any other by Sentence Transformers; trust is asked of both."""
+    options: dict[str, Any] = {"device": device, "model_kwargs": {"dtype": dtype}, **hub_kwargs}
+    if hub.is_gem(checkpoint, **hub_kwargs):
+        return hub.load(checkpoint, trust_remote_code=trust_remote_code, **options)
+    return SentenceTransformer(checkpoint, trust_remote_code=trust_remote_code, **options)
+
+
+@torch.inference_mode()
+def check_reference(model: SentenceTransformer, checkpoint: str, **hub_kwargs: Any) -> None:
+    """Compare with the vectors that `gem-st export` and `push` store in a checkpoint; a checkpoint may have none.
+
+    Raises:
+        EncodeError: If they are not given.
+    """
+    paths = [fetch(checkpoint, name, hub_kwargs["revision"], hub_kwargs["token"]) for name in REFERENCE_FILES]
+    if paths[0] is None or paths[1] is None:
+        logger.warning("%s has no reference vectors, so that a wrong one would not be noticed here.", checkpoint)
+        return
+    reference, expected = read_json(paths[0]), load_file(str(paths[1]))["embeddings"]
+    found: Any = model.encode(reference["texts"], convert_to_tensor=True, show_progress_bar=False, truncate_dim=None)
+    found, kind = found.float().cpu(), describe_dtypes(model)
+    error = float("inf")
+    if found.shape == expected.shape:
+        error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-9)).max())
+    allowed = OTHER_DTYPE
+    if set(kind.split(", ")) - {reference["dtype"]} <= {"float32"} and reference["dtype"] in kind:
+        allowed = 1e-3 if kind == "float32" else 0.05
+    if not error <= allowed:
+        raise EncodeError(
+            f"{checkpoint} does not give its reference vectors in {kind}: relative error {error:.1e}, {allowed:g} "
+            f"allowed. See `gem-st verify {checkpoint}`."
+        )
+
+
+def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Rows that are run together, the longest first: rows times their longest are at most ``batch_tokens``.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_tokens: The most tokens of a batch, padding included; a longer row is a batch of its own.
+
+    Returns:
+        Indices of each batch.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
+            batches.append([])
+            longest = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+def convert(vectors: np.ndarray, precision: str, ranges: np.ndarray | None) -> np.ndarray:
+    """Vectors in another precision. Shapes: ``(N, D)`` -> ``(N, D)``, or ``(N, D / 8)`` for bits"""
+    if precision == "float32":
+        return vectors
+    if precision == "float16":
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            return vectors.astype(np.float16)
+    if not len(vectors):
+        return np.zeros((0, -(-vectors.shape[1] // 8) if precision == "binary" else vectors.shape[1]), np.int8)
+    kind: Any = precision
+    quantized = quantize_embeddings(inside(vectors, ranges), precision=kind, ranges=ranges)
+    return np.asarray(quantized, dtype=np.int8)
+
+
+def inside(vectors: np.ndarray, ranges: np.ndarray | None) -> np.ndarray:
+    """Vectors brought into ranges, since what is outside would come out at the other end of int8."""
+    return vectors if ranges is None else np.clip(vectors, ranges[0], ranges[1])
+
+
+def as_lists(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    """A column of fixed-size lists. Shape: ``(N, D)``"""
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).reshape(-1)), vectors.shape[1])

@@ -1,0 +1,111 @@
+"""The fingerprint beside the vectors: all that they depend on, by name, and what is refused when it differs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+from sentence_transformers import SentenceTransformer
+
+from .._version import __version__
+from ..evaluation.identity import describe_settings, describe_tokenizer, update_digest, update_settings
+
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+def document_prompt(model: SentenceTransformer, prompt_name: str | None) -> str:
+    """The prompt that texts get: of that name, or as ``encode_document`` chooses it.
+
+    Raises:
+        ValueError: If the model has no prompt of that name.
+    """
+    if prompt_name is not None and prompt_name not in model.prompts:
+        raise ValueError(f"The model has no prompt {prompt_name!r}. It has: {sorted(model.prompts)}.")
+    names = [prompt_name] if prompt_name else [name for name in DOCUMENT_PROMPTS if name in model.prompts]
+    name = names[0] if names else model.default_prompt_name
+    return model.prompts.get(name) or "" if name else ""
+
+
+def describe_model(
+    model: SentenceTransformer, *, prompt_name: str | None, precision: str, truncate_dim: int | None
+) -> dict[str, Any]:
+    """What vectors depend on: weights and tokenizer as digests, all else as it is.
+
+    Args:
+        model: The model.
+        prompt_name: Of the prompt that texts get; None for that of documents.
+        precision: Of the vectors.
+        truncate_dim: Elements of them that are kept; None for all.
+
+    Raises:
+        ValueError: If the model has no such prompt, or vectors of fewer elements.
+    """
+    width = model.get_embedding_dimension()
+    if truncate_dim is not None and width is not None and truncate_dim > width:
+        raise ValueError(f"truncate_dim is {truncate_dim}, but the vectors have {width} elements.")
+    weights = hashlib.sha256()
+    update_digest(weights, model.state_dict())
+    modules = [
+        next((getattr(module, name)() for name in ("settings", "get_config_dict") if hasattr(module, name)), None)
+        for module in cast("Iterable[Any]", model)
+    ]
+    return {
+        "weights": weights.hexdigest()[:16],
+        "tokenizer": _digest(describe_tokenizer(getattr(model, "tokenizer", None))),
+        "modules": _digest([[type(module).__name__ for module in model], modules, describe_settings(model)]),
+        "prompts": {name: text for name, text in model.prompts.items() if text},
+        "prompt": document_prompt(model, prompt_name),
+        "max_seq_length": model.max_seq_length,
+        "dtype": describe_dtypes(model),
+        "precision": precision,
+        "dimension": truncate_dim or width,
+        "gem_st": __version__,
+    }
+
+
+def describe_dtypes(model: SentenceTransformer) -> str:
+    """Data types of all weights."""
+    return ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}))
+
+
+def _digest(settings: Any) -> str:
+    digest = hashlib.sha256()
+    update_settings(digest, settings)
+    return digest.hexdigest()[:16]
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of what computes the vectors; noted, and not compared."""
+    names = ("sentence-transformers", "transformers", "torch", "ray", "pyarrow")
+    found = {distribution.metadata["Name"].lower() for distribution in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in names if name in found}
+
+
+def refuse_other(
+    name: str,
+    where: str,
+    there: Mapping[str, Any],
+    now: Mapping[str, Any],
+    error: Callable[[str], Exception] = ValueError,
+) -> None:
+    """Raise if two fingerprints differ, with what differs of both.
+
+    Args:
+        name: What the second is of.
+        where: What the first is of.
+        there: The first.
+        now: The second.
+        error: What to raise.
+    """
+    differences = [
+        f"{key} {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in dict.fromkeys([*there, *now])
+        if there.get(key) != now.get(key)
+    ]
+    if differences:
+        raise error(
+            f"{name} does not give the vectors of {where}: {'; '.join(differences)}. Vectors of two models cannot be "
+            "compared: choose another --output, or what was used there."
+        )
