@@ -276,4 +276,4 @@ def test_half_a_call_of_a_tool_is_text(frozen, text, num_calls):
     model = SimpleNamespace(config=SimpleNamespace(model_type="qwen3"))
     content, _, calls = parse_assistant_message(tokenizer, model, ids, [0])
     assert len(calls or []) == num_calls
-    assert content == ("" if num_calls else text.removesuffix("<eos>"))
+    assert "tool_call" not in content if num_calls else content == text.removesuffix("<eos>")
