@@ -311,6 +311,8 @@ def main() -> int:
             results.append(result)
             print(json.dumps(result), flush=True)
     given = {name: value for name, value in vars(args).items() if name not in ("vectors", "python")}
+    given |= {name: Path(given[name]).name for name in ("checkpoint", "base", "minilm") if given[name]}
+    given["threads_of_a_server"] = os.cpu_count()
     with RESULTS.open("a") as file:
         file.write(json.dumps({"args": given, "versions": describe_versions(), "results": results}) + "\n")
     print_table(results)
