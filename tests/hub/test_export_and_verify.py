@@ -360,7 +360,7 @@ def test_an_export_is_whole_or_absent(make_base, tmp_path, monkeypatch):
     def fill_the_disk(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("gem_st.hub.exporting.save_file", fill_the_disk)
+    monkeypatch.setattr("gem_st.hub.exporting.write_tensors", fill_the_disk)
     with pytest.raises(OSError, match="The disk is full") as caught:
         hub.export(model, folder)
     assert caught.value.errno == errno.ENOSPC

@@ -17,6 +17,9 @@ from gem_st.ray.run import ENVIRONMENT
 
 from ..conftest import CORPUS
 
+# In one process with other tests they change what is logged there; until that is found, they have a target of their own.
+collect_ignore_glob = [] if "GEM_ST_RAY" in os.environ else ["test_*.py"]
+
 
 @pytest.fixture
 def checkpoint(make_model, tmp_path) -> str:
