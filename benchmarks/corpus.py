@@ -35,7 +35,6 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gem_st import GemTransformer, hub
-from gem_st.ray.fingerprint import describe_versions as describe_ray
 from gem_st.training.measures import describe_versions
 
 PLAIN_WAY = "plain"
@@ -208,7 +207,7 @@ def main() -> None:
             result = ways[name](args, Path(scratch))
         settings = {"measured": name, "num": args.num, "dtype": args.dtype, "rows_per_part": args.rows_per_part}
         settings["batch_tokens"] = 8192
-        line = {"settings": settings, "result": result, "versions": {**describe_versions(), **describe_ray()}}
+        line = {"settings": settings, "result": result, "versions": describe_versions("ray", "pyarrow")}
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(name, json.dumps(result), flush=True)

@@ -1,7 +1,8 @@
-"""Which module of a model is the GEM module."""
+"""Which module of a model is the GEM module, and which of its prompts are for queries and documents."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -39,3 +40,14 @@ def require_gem(model: Any, needed_by: str = "This") -> Any:
             "checkpoint carries. Load it with gem_st.hub.load(...), which reads it by the installed gem_st."
         )
     return gem
+
+
+def find_prompt_name(prompts: Mapping[str, Any], task: str) -> str | None:
+    """Name of the prompt that ``encode_query`` or ``encode_document`` takes; None if there is none.
+
+    Args:
+        prompts: Of the model.
+        task: ``"query"`` or ``"document"``.
+    """
+    names = ("query",) if task == "query" else ("document", "passage", "corpus")
+    return next((name for name in names if name in prompts), None)

@@ -22,6 +22,7 @@ app = typer.Typer(
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its Hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
 Token = Annotated[str | None, typer.Option(help="Hub token; that of `hf auth login` by default.")]
+Dtype = Annotated[str, typer.Option(help="Data type to load in, e.g. float32.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of a checkpoint that is not this gem_st's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -42,6 +43,11 @@ def one_line_errors(*, expect_any: bool = True) -> Iterator[None]:
         return
     typer.secho(f"gem-st: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
     raise typer.Exit(1) from cause
+
+
+def split_names(value: str) -> list[str]:
+    """Names with commas between them."""
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str | None = None) -> None:

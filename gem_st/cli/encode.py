@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Revision, Token, Trust, app, one_line_errors, print_result
+from .common import AsJson, Dtype, Revision, Token, Trust, app, one_line_errors, print_result, split_names
 
 
 class Precision(str, Enum):
@@ -59,7 +59,7 @@ def encode(
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster, or auto; by default Ray runs here.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, memory and time, by a sample.")] = False,
     verify: Annotated[Path | None, typer.Option(metavar="DIR", help="Check the vectors of a run instead.")] = None,
-    dtype: Annotated[str, typer.Option(help="Data type to load in, e.g. float32.")] = "auto",
+    dtype: Dtype = "auto",
     revision: Revision = None,
     token: Token = None,
     trust_remote_code: Trust = False,
@@ -86,7 +86,7 @@ def encode(
                 split=split,
                 text_column=text_column,
                 id_column=id_column,
-                columns=tuple(name.strip() for name in columns.split(",") if name.strip()),
+                columns=tuple(split_names(columns)),
                 prompt_name=prompt_name,
                 precision=precision.value,
                 truncate_dim=truncate_dim,

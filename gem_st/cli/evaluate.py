@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Revision, Token, Trust, app, one_line_errors, print_result
+from .common import AsJson, Dtype, Revision, Token, Trust, app, one_line_errors, print_result, split_names
 
 
 def _names(value: str | None) -> list[str] | None:
     """A list with commas; ``none`` for an empty one."""
     if value is None:
         return None
-    return [] if value == "none" else [name.strip() for name in value.split(",") if name.strip()]
+    return [] if value == "none" else split_names(value)
 
 
 @app.command(name="eval")
@@ -44,7 +44,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Rows of each task, of MMLU questions of each subject.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts in a forward pass; halved where memory runs out.")] = 32,
     card: Annotated[bool, typer.Option("--card/--no-card", help="Write into the checkpoint's README.md.")] = True,
-    dtype: Annotated[str, typer.Option(help="Data type to load in, e.g. float32.")] = "auto",
+    dtype: Dtype = "auto",
     device: Annotated[str | None, typer.Option(help="Where to run, e.g. cuda.")] = None,
     revision: Revision = None,
     token: Token = None,

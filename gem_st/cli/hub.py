@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import AsJson, Revision, Source, Token, Trust, app, one_line_errors, print_result
+from .common import AsJson, Dtype, Revision, Source, Token, Trust, app, one_line_errors, print_result
 
 
 class Format(str, Enum):
@@ -32,7 +32,7 @@ def export(
     ] = Format.gem,
     gguf: Annotated[Path | None, typer.Option(help="GGUF file of the base, for --format alora.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA on every token into the weights first.")] = False,
-    dtype: Annotated[str, typer.Option(help="Data type to load in, e.g. float32.")] = "auto",
+    dtype: Dtype = "auto",
     revision: Revision = None,
     token: Token = None,
     trust_remote_code: Trust = False,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from packaging.version import Version
 
-from .common import Revision, Token, Trust, app, one_line_errors
+from .common import Dtype, Revision, Token, Trust, app, one_line_errors
 
 NEEDED = ("fastapi", "openai", "prometheus_client", "uvicorn")
 OLDEST_TRANSFORMERS = "5.20"
@@ -45,7 +45,7 @@ def serve(
     allow_token_ids: Annotated[bool, typer.Option("--allow-token-ids", help="Embed token ids, too.")] = False,
     continuous_batching: Annotated[bool, typer.Option("--continuous-batching", help="Write answers together.")] = False,
     drain_seconds: Annotated[int, typer.Option(help="Time to finish requests when told to stop.")] = 60,
-    dtype: Annotated[str, typer.Option(help="Data type to load in, e.g. float32.")] = "auto",
+    dtype: Dtype = "auto",
     device: Annotated[str | None, typer.Option(help="Where to run, e.g. cuda.")] = None,
     revision: Revision = None,
     token: Token = None,

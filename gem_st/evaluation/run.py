@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .. import hub
 from ..files import write_json, write_text
 from ..finding import find_gem
+from ..hub.loading import load_any
 from ..modeling.gem_files import is_local
 from ..modeling.gem_gguf import name_pretrained
 from ..training.measures import describe_versions
@@ -176,10 +177,9 @@ class _Evaluation:
         config = self.config
         kwargs: dict[str, Any] = {"revision": config.revision, "token": config.token, "device": config.device}
         kwargs |= {"trust_remote_code": config.trust_remote_code, "model_kwargs": {"dtype": config.dtype}}
-        if hub.is_gem(config.checkpoint, revision=config.revision, token=config.token):
-            return hub.load(config.checkpoint, **kwargs)
-        with hub.translate_hub_errors(config.checkpoint):
-            model = SentenceTransformer(config.checkpoint, **kwargs)
+        model = load_any(config.checkpoint, **kwargs)
+        if find_gem(model) is not None:
+            return model
         set_padding_token(model.tokenizer)
         modules = ", ".join(type(module).__name__ for module in model)
         self.progress(

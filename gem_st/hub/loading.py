@@ -193,3 +193,25 @@ def load(
         return SentenceTransformer(str(path_or_repo), trust_remote_code=trust_remote_code, **hub_kwargs)
     ours = {"gem_st.GemTransformer": gem_transformer.GemTransformer}
     return SentenceTransformer._load_with_module_classes(str(path_or_repo), ours, **hub_kwargs)
+
+
+def load_any(
+    path_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None, **kwargs: Any
+) -> SentenceTransformer:
+    """Load a GEM checkpoint by :func:`load`, any other model as Sentence Transformers reads it.
+
+    Args:
+        path_or_repo: Folder or Hub id.
+        revision: Branch, tag or commit of a repository.
+        token: Hub token.
+        **kwargs: As those of :func:`load`.
+
+    Raises:
+        ValueError: If a GEM checkpoint's code is not trusted.
+        OSError: If it is not there, or cannot be reached.
+    """
+    hub_kwargs: dict[str, Any] = {"revision": revision, "token": token}
+    if is_gem(path_or_repo, **hub_kwargs):
+        return load(path_or_repo, **hub_kwargs, **kwargs)
+    with translate_hub_errors(str(path_or_repo)):
+        return SentenceTransformer(str(path_or_repo), **hub_kwargs, **kwargs)

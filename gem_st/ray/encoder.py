@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
-from .. import hub
 from ..files import read_json, write_text
 from ..finding import find_gem
 from ..hub.layout import REFERENCE_FILES
-from ..hub.loading import fetch
+from ..hub.loading import fetch, load_any
 from .fingerprint import describe_dtypes, describe_model, document_prompt, refuse_other
 
 logger = logging.getLogger(__name__)
@@ -103,7 +102,8 @@ class Encoder:
         if num_threads:
             torch.set_num_threads(num_threads)
         hub_kwargs: dict[str, Any] = {"revision": revision, "token": token}
-        self.model = load_model(checkpoint, dtype, device, trust_remote_code, **hub_kwargs)
+        options: dict[str, Any] = {"device": device, "model_kwargs": {"dtype": dtype}, **hub_kwargs}
+        self.model = load_any(checkpoint, trust_remote_code=trust_remote_code, **options)
         self.prompt = document_prompt(self.model, prompt_name)
         check_reference(self.model, checkpoint, **hub_kwargs)
         self.fingerprint = describe_model(
@@ -214,16 +214,6 @@ def check_options(precision: str, batch_tokens: int, truncate_dim: int | None) -
 def is_text(kind: pa.DataType) -> bool:
     """True for columns of text."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def load_model(
-    checkpoint: str, dtype: str, device: str | None, trust_remote_code: bool, **hub_kwargs: Any
-) -> SentenceTransformer:
-    """A GEM checkpoint by :func:`gem_st.hub.load`, any other by Sentence Transformers; trust is asked of both."""
-    options: dict[str, Any] = {"device": device, "model_kwargs": {"dtype": dtype}, **hub_kwargs}
-    if hub.is_gem(checkpoint, **hub_kwargs):
-        return hub.load(checkpoint, trust_remote_code=trust_remote_code, **options)
-    return SentenceTransformer(checkpoint, trust_remote_code=trust_remote_code, **options)
 
 
 @torch.inference_mode()

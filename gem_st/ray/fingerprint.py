@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -11,8 +10,7 @@ from sentence_transformers import SentenceTransformer
 
 from .._version import __version__
 from ..evaluation.identity import describe_settings, describe_tokenizer, update_digest, update_settings
-
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+from ..finding import find_prompt_name
 
 
 def document_prompt(model: SentenceTransformer, prompt_name: str | None) -> str:
@@ -23,8 +21,7 @@ def document_prompt(model: SentenceTransformer, prompt_name: str | None) -> str:
     """
     if prompt_name is not None and prompt_name not in model.prompts:
         raise ValueError(f"The model has no prompt {prompt_name!r}. It has: {sorted(model.prompts)}.")
-    names = [prompt_name] if prompt_name else [name for name in DOCUMENT_PROMPTS if name in model.prompts]
-    name = names[0] if names else model.default_prompt_name
+    name = prompt_name or find_prompt_name(model.prompts, "document") or model.default_prompt_name
     return model.prompts.get(name) or "" if name else ""
 
 
@@ -74,13 +71,6 @@ def _digest(settings: Any) -> str:
     digest = hashlib.sha256()
     update_settings(digest, settings)
     return digest.hexdigest()[:16]
-
-
-def describe_versions() -> dict[str, str]:
-    """Versions of what computes the vectors; noted, and not compared."""
-    names = ("sentence-transformers", "transformers", "torch", "ray", "pyarrow")
-    found = {distribution.metadata["Name"].lower() for distribution in importlib.metadata.distributions()}
-    return {name: importlib.metadata.version(name) for name in names if name in found}
 
 
 def refuse_other(

@@ -26,8 +26,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..files import read_json, write_json
+from ..training.measures import describe_versions
 from .encoder import BATCH_TOKENS, EMPTY, NULL, EncodeError, Encoder, check_options
-from .fingerprint import describe_model, describe_versions, refuse_other
+from .fingerprint import describe_model, refuse_other
 from .parts import (
     PART,
     Columns,
@@ -394,7 +395,7 @@ def _settle(config: EncodeConfig, plan: list[Part], share: float, threads: int |
     options = {"prompt_name": config.prompt_name, "truncate_dim": config.truncate_dim}
     ranges = facts["ranges"] if calibrates else None
     found = {"fingerprint": facts["fingerprint"], "columns": columns, **source, **options, "ranges": ranges}
-    write_json(path, {**found, "versions": describe_versions()})
+    write_json(path, {**found, "versions": describe_versions("ray", "pyarrow")})
     return ranges
 
 

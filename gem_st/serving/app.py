@@ -45,13 +45,11 @@ class ServerOptions:
         api_key: What clients have to send as ``Authorization: Bearer ...``; None for nothing.
         max_queue: Requests that are answered or wait at once.
         max_body_bytes: Size of a request.
-        allow_token_ids: Embed token ids, too.
     """
 
     api_key: str | None = None
     max_queue: int = 256
     max_body_bytes: int = 8_000_000
-    allow_token_ids: bool = False
 
 
 class ClientGone(Exception):  # noqa: N818  # nobody reads it
@@ -167,8 +165,6 @@ class Server:
         """``POST /v1/embeddings``."""
         engine = self.engine
         body = await self.read(request, EmbeddingBody)
-        if not self.options.allow_token_ids:
-            body.refuse_ids()
         self.take_place()
         try:
             job = await unless_gone(request, engine.embed(body))
@@ -335,7 +331,7 @@ def create_app(
         yield
         await loading
         if server.is_ready:
-            await asyncio.to_thread(server.engine.close)
+            await asyncio.to_thread(server.engine.chat.close)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server

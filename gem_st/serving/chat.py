@@ -58,6 +58,7 @@ STEP_TOKENS = 512
 """Tokens that a step of continuous batching reads; a longer prompt takes several."""
 SCHEDULER = "gem_st"
 """What transformers knows :class:`Scheduler` by."""
+SHARED = "the server was started with --continuous-batching, and its answers share the sampling of the model."
 ALONE_ONLY = (
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "min_length", "min_new_tokens"),
     *("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens", "exponential_decay_length_penalty"),
@@ -299,20 +300,6 @@ class Loop:
         Raises:
             CBWorkerDeadError: If the loop has ended.
         """
-        own = self._turns[request_id].sampling
-        self._listen(request_id)  # a short answer is written before its handler asks for it
-        added = self._loop.add_request(input_ids, request_id=request_id, **options, **own)
-        # The loop may have ended after it was asked, too late to tell this request of it.
-        if added is None or self._loop.background_thread_status.can_accept_new_requests() is not None:
-            raise CBWorkerDeadError("The loop of continuous batching has ended.")
-        return request_id
-
-    def register_result_handler(self, request_id: str, callback: Callable[[Any], None]) -> None:
-        """Have a function called with what was written, and the turn told of it."""
-        self._turns[request_id].receive = callback
-        self._listen(request_id)
-
-    def _listen(self, request_id: str) -> None:
         turn = self._turns[request_id]
 
         def note(output: Any) -> None:  # in the thread that listens, after what it is doing now
@@ -320,7 +307,17 @@ class Loop:
             if turn.receive is not None:
                 turn.receive(output)
 
+        # Before it is asked: a short answer is written before its handler is there.
         self._loop.register_result_handler(request_id, note)
+        added = self._loop.add_request(input_ids, request_id=request_id, **options, **turn.sampling)
+        # The loop may have ended after it was asked, too late to tell this request of it.
+        if added is None or self._loop.background_thread_status.can_accept_new_requests() is not None:
+            raise CBWorkerDeadError("The loop of continuous batching has ended.")
+        return request_id
+
+    def register_result_handler(self, request_id: str, callback: Callable[[Any], None]) -> None:
+        """Have a function called with what was written; see :meth:`add_request`."""
+        self._turns[request_id].receive = callback
 
     def forget(self, request_id: str) -> None:
         """Stop an answer before the next step."""
@@ -374,9 +371,6 @@ class InBatches(WithTurns, CBGenerateManager):  # type: ignore[misc]  # what the
             field = "temperature" if name == "top_k" else name
             raise RequestError(400, f"{field} cannot be set: {SHARED}", param=field)
         return own
-
-
-SHARED = "the server was started with --continuous-batching, and its answers share the sampling of the model."
 
 
 def bytes_per_token(config: Any) -> int:

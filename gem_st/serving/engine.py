@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from sentence_transformers import SentenceTransformer
 from transformers.cache_utils import DynamicCache
 
-from ..finding import require_gem
+from ..finding import find_prompt_name, require_gem
 from .bodies import EmbeddingBody
 from .chat import Chat, messages_for_template
 from .conversations import Conversations
@@ -32,6 +32,7 @@ class Engine:
         batch_tokens: Tokens of a batch of embeddings.
         slice_seconds: Time that embeddings may take between two decoding steps; it takes as long as one text at least.
         allow_truncate: Give vectors of fewer dimensions to who asks for them.
+        allow_token_ids: Embed token ids, too.
         continuous_batching: Write answers together; they have ``cache_bytes`` of memory beside the conversations.
 
     Raises:
@@ -47,6 +48,7 @@ class Engine:
         batch_tokens: int = 4096,
         slice_seconds: float = 0.05,
         allow_truncate: bool = False,
+        allow_token_ids: bool = False,
         continuous_batching: bool = False,
     ) -> None:
         self.gem = require_gem(model, "gem-st serve")
@@ -54,6 +56,7 @@ class Engine:
         self.name = name
         self.slice_seconds = slice_seconds
         self.allow_truncate = allow_truncate
+        self.allow_token_ids = allow_token_ids
         self.conversations = Conversations(cache_bytes)
         self.context = int(min(self.gem.base.context, self.gem.facts.num_positions, 2**31))
         self.num_places = self.gem.max_seq_length - self.gem.num_gem_tokens
@@ -63,10 +66,6 @@ class Engine:
         self._lock = threading.Lock()
         self._is_called = False
         self.chat = Chat(self, name, cache_bytes if continuous_batching else None)
-
-    def close(self) -> None:
-        """Write no more answers."""
-        self.chat.close()
 
     @property
     def can_keep(self) -> bool:
@@ -94,6 +93,8 @@ class Engine:
         """
         self.check_name(body.model)
         check_dimensions(body.dimensions, self.width, allow_truncate=self.allow_truncate)
+        if not self.allow_token_ids:
+            body.refuse_ids()
         if (body.input is None) == (body.messages is None):
             raise RequestError(400, "Either input or messages is needed, and not both.", param="input")
         loop = asyncio.get_running_loop()
@@ -164,8 +165,7 @@ class Engine:
             known = ", ".join(sorted(prompts)) or "none"
             raise RequestError(400, f"There is no prompt {name!r:.80}; there are: {known}.", param="prompt_name")
         if name is None and body.input_type is not None:
-            names = ("query",) if body.input_type == "query" else ("document", "passage", "corpus")
-            name = next((candidate for candidate in names if candidate in prompts), None)
+            name = find_prompt_name(prompts, body.input_type)
         name = self.model.default_prompt_name if name is None else name
         return Kind("text", prompts.get(name) if name else None, body.input_type)
 

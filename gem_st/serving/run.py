@@ -7,6 +7,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from sentence_transformers import SentenceTransformer
@@ -89,6 +90,7 @@ def make_engine(model: SentenceTransformer, config: ServeConfig) -> Engine:
         batch_tokens=config.batch_tokens,
         slice_seconds=config.embed_slice_ms / 1000,
         allow_truncate=config.allow_truncate,
+        allow_token_ids=config.allow_token_ids,
         continuous_batching=config.continuous_batching,
     )
 
@@ -116,9 +118,10 @@ def give_memory_back() -> None:
 
     By default each thread that loads, chats or embeds keeps what it once needed most, and gives it to no other.
     """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def serve(config: ServeConfig) -> None:
@@ -143,8 +146,7 @@ def serve(config: ServeConfig) -> None:
         failures.append(error)
         server.should_exit = True
 
-    options = ServerOptions(config.api_key, config.max_queue, allow_token_ids=config.allow_token_ids)
-    app = create_app(load, options, on_failure=stop)
+    app = create_app(load, ServerOptions(config.api_key, config.max_queue), on_failure=stop)
     settings = uvicorn.Config(
         app,
         host=config.host,

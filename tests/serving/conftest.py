@@ -46,10 +46,10 @@ def make_served_model(make_base) -> Callable[..., SentenceTransformer]:
 @pytest.fixture(scope="session")
 def frozen(make_served_model) -> Iterator[Any]:
     """A server of a model beside a frozen base, K = 2."""
-    from .served import ServerOptions, serving
+    from .served import serving
 
     model = make_served_model(freeze_base=True, num_gem_tokens=2)
-    with serving(model, ServerOptions(allow_token_ids=True), allow_truncate=True) as served:
+    with serving(model, allow_token_ids=True, allow_truncate=True) as served:
         yield served
 
 

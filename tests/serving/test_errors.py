@@ -242,11 +242,7 @@ def spoil(path: str, name: str, value: object) -> dict[str, object]:
     return {**good, name: value, "no such field": value}
 
 
-@settings(
-    max_examples=int(os.environ.get("GEM_ST_BODIES", 400)),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=NUM_BODIES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     path=st.sampled_from(["chat/completions", "completions", "embeddings"]),
     body=st.binary(max_size=40) | JSON | st.builds(lambda n, v: (n, v), NAMES, WRONG | JSON),
