@@ -95,8 +95,8 @@ test-clients: ## Run the lines of docs/integrations.md, with the clients that `m
 	.venv-clients/bin/pip install --quiet --constraint constraints.txt $(CLIENTS)
 	OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest tests/test_clients.py tests/serving/test_clients.py
 
-test-corpus: setup ## Run the tests of `gem-st encode`, which `make test` leaves out (4 minutes)
-	GEM_ST_RAY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ray
+test-corpus: setup ## Run the tests of `gem-st encode` with the one that `make test` leaves out: a killed driver, twice (4 minutes)
+	GEM_ST_KILL_RAY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ray
 
 test-docker: ## Run the Dockerfile's steps without Docker, and its server (TORCH_INDEX= for PyPI's torch; minutes)
 	$(PYTHON) .ci/dockerfile.py

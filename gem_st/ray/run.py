@@ -215,7 +215,7 @@ def running_ray(
 def keep_quiet() -> None:
     """Have Ray Data log to its files alone: what a user is to know is in a bar, a result or an error."""
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if handler.name == "console":  # Ray Data's own; others are the user's
             handler.setLevel(logging.CRITICAL)
 
 

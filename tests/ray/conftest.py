@@ -17,9 +17,6 @@ from gem_st.ray.run import ENVIRONMENT
 
 from ..conftest import CORPUS
 
-# In one process with other tests they change what is logged there. Until that is found, `make test-corpus` runs them.
-collect_ignore_glob = [] if "GEM_ST_RAY" in os.environ else ["test_*.py"]
-
 
 @pytest.fixture
 def checkpoint(make_model, tmp_path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import time
@@ -28,6 +29,7 @@ from gem_st.ray.run import (
     find_room,
     first_error,
     join_reports,
+    keep_quiet,
     num_threads,
     write_lance,
 )
@@ -153,6 +155,7 @@ def killing_an_actor(settings, wanted: int) -> Iterator[list[int]]:
         thread.join()
 
 
+@pytest.mark.skipif("GEM_ST_KILL_RAY" not in os.environ, reason="two minutes: run by `make test-corpus`")
 def test_a_run_whose_driver_is_killed_twice_and_an_actor_once_gives_the_same_bits(
     started_ray, config, python, environment, tmp_path
 ):
@@ -364,6 +367,22 @@ def test_the_example_searches_with_the_vectors_of_encode_query(
     if engine == "lancedb":
         indices = list((output / "lancedb" / "corpus.lance").glob("_indices/*"))
         assert bool(indices) == (index_from <= 320)
+
+
+def test_only_what_ray_data_writes_to_the_console_is_kept_quiet():
+    import ray.data  # which makes its handlers
+
+    logger, handler = logging.getLogger(ray.data.__name__), logging.StreamHandler()
+    (console,) = [own for own in logger.handlers if own.name == "console"]
+    before = console.level
+    logger.addHandler(handler)
+    try:
+        console.setLevel(logging.INFO)
+        keep_quiet()
+        assert (handler.level, console.level) == (logging.NOTSET, logging.CRITICAL)
+    finally:
+        console.setLevel(before)
+        logger.removeHandler(handler)
 
 
 # ---- runs on the Ray of this process
