@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.datastructures import URL
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -45,11 +46,13 @@ class ServerOptions:
         api_key: What clients have to send as ``Authorization: Bearer ...``; None for nothing.
         max_queue: Requests that are answered or wait at once.
         max_body_bytes: Size of a request.
+        hosts: Names that clients may call it by; None for any.
     """
 
     api_key: str | None = None
     max_queue: int = 256
     max_body_bytes: int = 8_000_000
+    hosts: tuple[str, ...] | None = None
 
 
 class ClientGone(Exception):  # noqa: N818  # nobody reads it
@@ -124,8 +127,11 @@ class Server:
         """The fields of a request, of which there are not too many bytes.
 
         Raises:
-            RequestError: 400, 408 or 413.
+            RequestError: 400, 408, 413 or 415.
         """
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            # What a page of another site may send unasked is of other types.
+            raise RequestError(415, "Send JSON, with the header Content-Type: application/json.")
         try:
             raw = await asyncio.wait_for(read_body(request, self.options.max_body_bytes), BODY_SECONDS)
         except (asyncio.TimeoutError, TimeoutError) as error:
@@ -251,8 +257,16 @@ def place_of(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno}"
 
 
+def name_of(host: str) -> str | None:
+    """The name in a Host header, without its port."""
+    try:
+        return URL(f"http://{host}").hostname
+    except ValueError:
+        return None
+
+
 class Gate:
-    """What every request goes through: its id and key; and one line in the log and two metrics when it is over.
+    """What every request goes through: its id, host and key; and one line in the log and two metrics when it is over.
 
     Args:
         app: What is behind it.
@@ -280,12 +294,8 @@ class Gate:
             await send(message)
 
         try:
-            if self._is_allowed(request):
-                await self.app(scope, receive, tell)
-            else:
-                refusal = RequestError(401, "The key is missing or wrong.", code="invalid_api_key").response()
-                refusal.headers["www-authenticate"] = "Bearer"
-                await refusal(scope, receive, tell)
+            refusal = self._refuse(request)
+            await (refusal.response() if refusal else self.app)(scope, receive, tell)
         except (ClientGone, ClientDisconnect):
             pass
         except Exception as error:  # whose message may hold what was sent
@@ -295,12 +305,18 @@ class Gate:
         finally:
             self._note(request, status, time.monotonic() - begin)
 
-    def _is_allowed(self, request: Request) -> bool:
-        key = self.server.options.api_key
+    def _refuse(self, request: Request) -> RequestError | None:
+        key, hosts = self.server.options.api_key, self.server.options.hosts
+        if hosts is not None and name_of(request.headers.get("host", hosts[0])) not in hosts:
+            message = f"This server is called {' or '.join(hosts)}. For other names start it with a key, --api-key."
+            return RequestError(403, message, code="wrong_host")
         if key is None or request.scope["path"] in OPEN_ROUTES:  # that of request.url may come from the Host header
-            return True
+            return None
         given = request.headers.get("authorization", "")
-        return hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode())
+        if hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
+            return None
+        message, headers = "The key is missing or wrong.", {"WWW-Authenticate": "Bearer"}
+        return RequestError(401, message, code="invalid_api_key", headers=headers)
 
     def _note(self, request: Request, status: int, seconds: float) -> None:
         route = request.scope["path"] if request.scope["path"] in ROUTES else "other"

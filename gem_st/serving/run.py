@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ from .engine import Engine
 
 logger = logging.getLogger("gem_st.serving")
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OWN_NAMES = (*LOOPBACK, "host.docker.internal")
 M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3
 """glibc's names for how many places memory is kept in, and for from which size on it is not kept."""
+TRIM_SECONDS = 5
 
 
 @dataclass
@@ -80,6 +85,11 @@ class ServeConfig:
         folder = Path(self.checkpoint)
         return self.name or (folder.resolve().name if folder.is_dir() else self.checkpoint)
 
+    @property
+    def hosts(self) -> tuple[str, ...] | None:
+        """Names that it answers to: a page of another site could give this machine its own, and needs no key."""
+        return OWN_NAMES if self.api_key is None and self.host in LOOPBACK else None
+
 
 def make_engine(model: SentenceTransformer, config: ServeConfig) -> Engine:
     """The engine of a loaded model."""
@@ -116,12 +126,21 @@ def load_engine(config: ServeConfig) -> Engine:
 def give_memory_back() -> None:
     """Have what large tensors took go back to the system, and threads share the rest, where that is glibc's to say.
 
-    By default each thread that loads, chats or embeds keeps what it once needed most, and gives it to no other.
+    By default each thread that loads, chats or embeds keeps what it once needed most, and gives it to no other; what is
+    freed between conversations that are kept stays with the process.
     """
     libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_ARENA_MAX, 1)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+    if not hasattr(libc, "mallopt"):
+        return
+    libc.mallopt(M_ARENA_MAX, 1)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+
+    def trim() -> None:
+        while True:
+            time.sleep(TRIM_SECONDS)
+            libc.malloc_trim(0)
+
+    threading.Thread(target=trim, daemon=True).start()
 
 
 def serve(config: ServeConfig) -> None:
@@ -146,7 +165,8 @@ def serve(config: ServeConfig) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(load, ServerOptions(config.api_key, config.max_queue), on_failure=stop)
+    options = ServerOptions(config.api_key, config.max_queue, hosts=config.hosts)
+    app = create_app(load, options, on_failure=stop)
     settings = uvicorn.Config(
         app,
         host=config.host,

@@ -23,6 +23,9 @@ MESSAGES = [
 ]
 
 
+AS_JSON = {"Content-Type": "application/json"}
+
+
 class Reply(NamedTuple):
     """An answer of the server."""
 
@@ -36,11 +39,11 @@ class Reply(NamedTuple):
 
 
 def send(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
-    """Send bytes as they are, anything else as JSON."""
+    """Send bytes as they are, anything else as JSON; both are said to be."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request(method, path, raw, headers or {})
+        connection.request(method, path, raw, {**AS_JSON, **(headers or {})})
         response = connection.getresponse()
         text = response.read()
     finally:

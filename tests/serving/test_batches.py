@@ -21,7 +21,7 @@ from gem_st.serving.chat import ALONE_ONLY, FirstOfEqual
 from gem_st.serving.engine import Engine
 
 from ..modeling.test_gem_generator import CHAT
-from .served import MESSAGES, serving
+from .served import AS_JSON, MESSAGES, serving
 from .test_chat import stock_answer
 
 TEXTS = ["Hello there", "The fisherman took his boat", "It rained all day, and the children", "Bread", "Why", "A king"]
@@ -123,7 +123,7 @@ def test_a_client_that_hangs_up_frees_its_place(batched, stream):
     loop = loop_of(batched)
     connection = http.client.HTTPConnection("127.0.0.1", batched.port, timeout=60)
     body = {"messages": MESSAGES, "stream": stream}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), AS_JSON)
     while not loop.batch_processor.scheduler.active_requests:
         time.sleep(0.001)
     connection.close()
@@ -204,7 +204,7 @@ def test_who_waits_is_let_in_when_the_answer_that_is_written_is_given_up(make_se
             for text in TEXTS[:2]:
                 connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
                 body = {"messages": say(text), "max_tokens": 120, "stream": True}
-                connection.request("POST", "/v1/chat/completions", json.dumps(body))
+                connection.request("POST", "/v1/chat/completions", json.dumps(body), AS_JSON)
                 response = connection.getresponse()
                 streams[response.headers["x-request-id"]] = connection, response
         while not processor.scheduler.block_new_requests:

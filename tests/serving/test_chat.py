@@ -17,7 +17,7 @@ from transformers.generation import stopping_criteria
 
 from gem_st.serving.chat import forgive
 
-from .served import MESSAGES, serving
+from .served import AS_JSON, MESSAGES, serving
 
 NO_END = {"1": -100}
 """Has no end token written."""
@@ -160,7 +160,7 @@ def test_a_conversation_that_goes_on_is_not_read_again(make_served_model):
 
 def test_embeddings_are_served_between_decoding_steps(frozen):
     connection = http.client.HTTPConnection("127.0.0.1", frozen.port, timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps({**LONG, "stream": True}))
+    connection.request("POST", "/v1/chat/completions", json.dumps({**LONG, "stream": True}), AS_JSON)
     response = connection.getresponse()
     response.readline()
     num_embedded = 0
@@ -190,7 +190,7 @@ def test_a_client_that_hangs_up_frees_its_place(frozen, stream, monkeypatch):
 
     monkeypatch.setattr(engine, "let_embeddings_in", slowly)
     connection = http.client.HTTPConnection("127.0.0.1", frozen.port, timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps({**LONG, "stream": stream}))
+    connection.request("POST", "/v1/chat/completions", json.dumps({**LONG, "stream": stream}), AS_JSON)
     while len(steps) < 3:
         time.sleep(0.01)
     connection.close()
@@ -212,7 +212,7 @@ def test_what_a_hung_up_client_asked_for_is_not_embedded(frozen, monkeypatch):
     hold = threading.Event()
     engine.chat.thread.submit(hold.wait)
     connection = http.client.HTTPConnection("127.0.0.1", frozen.port, timeout=60)
-    connection.request("POST", "/v1/embeddings", json.dumps({"input": "gone"}))
+    connection.request("POST", "/v1/embeddings", json.dumps({"input": "gone"}), AS_JSON)
     while not engine._embeddings:
         time.sleep(0.01)
     connection.close()

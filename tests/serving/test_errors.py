@@ -20,11 +20,13 @@ from starlette.requests import Request
 from gem_st.serving.app import ServerOptions
 from gem_st.serving.bodies import ChatBody, CompletionBody, EmbeddingBody, Message
 from gem_st.serving.engine import Engine
+from gem_st.serving.run import ServeConfig
 
-from .served import MESSAGES, running, serving
+from .served import AS_JSON, MESSAGES, running, serving
 
 CHAT = {"messages": MESSAGES, "max_tokens": 2}
 TEXT = {"input": "a"}
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,7 @@ def test_a_large_body_is_refused_before_it_is_read(frozen):
     connection = http.client.HTTPConnection("127.0.0.1", frozen.port, timeout=30)
     connection.putrequest("POST", "/v1/embeddings")
     connection.putheader("Content-Length", str(100_000_000))
+    connection.putheader("Content-Type", "application/json")
     connection.endheaders()
     response = connection.getresponse()
     assert response.status == 413
@@ -125,7 +128,8 @@ def test_a_large_body_is_refused_before_it_is_read(frozen):
     connection.close()
     pieces = (b"x" * 1_000_000 for _ in range(9))  # without saying how much it is
     connection = http.client.HTTPConnection("127.0.0.1", frozen.port, timeout=30)
-    connection.request("POST", "/v1/embeddings", pieces, encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
+    headers = {**AS_JSON, "Transfer-Encoding": "chunked"}
+    connection.request("POST", "/v1/embeddings", pieces, encode_chunked=True, headers=headers)
     assert connection.getresponse().status == 413
     connection.close()
 
@@ -153,6 +157,25 @@ def test_no_host_header_makes_a_route_one_that_needs_no_key(make_served_model, m
     )
     with serving(make_served_model(), ServerOptions(api_key="key")) as served:
         assert served.send("GET", "/v1/models", headers={"Host": "any/health?"}).status == 401
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_what_a_page_of_another_site_may_send_is_no_json(frozen, kind):
+    reply = frozen.post("embeddings", TEXT, **{"Content-Type": kind})
+    assert (reply.status, reply.error["message"]) == (415, "Send JSON, with the header Content-Type: application/json.")
+    assert frozen.post("embeddings", TEXT, **{"Content-Type": "Application/JSON; charset=utf-8"}).status == 200
+
+
+def test_without_a_key_this_machine_answers_to_its_own_names(make_served_model):
+    hosts = ServeConfig("gem").hosts
+    with serving(make_served_model(), ServerOptions(hosts=hosts)) as served:
+        for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[::1", "", "localhost@evil"):
+            reply = served.post("embeddings", TEXT, Host=host)
+            assert (reply.status, reply.error["code"]) == (403, "wrong_host")
+        for host in ("127.0.0.1", f"localhost:{served.port}", "LOCALHOST", "[::1]:8000", "host.docker.internal:8000"):
+            assert served.post("embeddings", TEXT, Host=host).status == 200
+    assert ServeConfig("gem", api_key="key").hosts is None
+    assert ServeConfig("gem", host="0.0.0.0").hosts is None
 
 
 def test_a_full_queue_says_when_to_ask_again(make_served_model):
@@ -279,14 +302,14 @@ def many_files():
 def test_connections_that_say_nothing_or_half_of_it_hold_nobody_up(frozen, many_files):
     idle = [socket.create_connection(("127.0.0.1", frozen.port)) for _ in range(1000)]
     slow = idle[0]
-    slow.sendall(b'POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: 14\r\n\r\n{"inp')
+    slow.sendall(HEAD + b'{"inp')
     assert frozen.post("embeddings", TEXT).status == 200
     slow.sendall(b'ut": "a"}')
     assert b"200 OK" in slow.recv(1000)
     for connection in idle:
         connection.close()
     idle = socket.create_connection(("127.0.0.1", frozen.port))
-    idle.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: 14\r\n\r\n{")
+    idle.sendall(HEAD + b"{")
     idle.close()  # in the middle of its body
     assert frozen.post("embeddings", TEXT).status == 200
 

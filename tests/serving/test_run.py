@@ -23,7 +23,7 @@ from gem_st.cli import app
 from gem_st.serving.run import ServeConfig, load_engine
 
 from ..conftest import ROOT
-from .served import MESSAGES
+from .served import AS_JSON, MESSAGES
 
 
 def free_port() -> int:
@@ -60,7 +60,7 @@ def test_a_checkpoint_is_served_is_killed_and_is_served_until_a_signal_lets_requ
     long = {"model": "gem", "messages": MESSAGES, "max_tokens": 150}
     with command(tmp_path / "gem", port, "--cache-gib", "0.01", "--continuous-batching") as (process, client):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        headers = {"Authorization": "Bearer key"}
+        headers = {**AS_JSON, "Authorization": "Bearer key"}
         connection.request("POST", "/v1/chat/completions", json.dumps({**long, "stream": True}), headers)
         response = connection.getresponse()
         response.readline()
