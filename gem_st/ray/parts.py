@@ -38,6 +38,14 @@ class Part(NamedTuple):
     num_rows: int
 
 
+class Source(NamedTuple):
+    """A corpus: a file, a folder, or the Hub id of a data set, see :func:`gem_st.training.data.load_source`."""
+
+    name: str
+    split: str = "train"
+    token: str | None = None
+
+
 class Columns(NamedTuple):
     """Names of the columns that are read."""
 
@@ -56,13 +64,12 @@ class Columns(NamedTuple):
 
 
 def find_files(
-    source: str, split: str, columns: Columns, rows_per_part: int, folder: Path, say: Callable[[str], object]
+    source: Source, columns: Columns, rows_per_part: int, folder: Path, say: Callable[[str], object]
 ) -> list[Path]:
     """Parquet files of a corpus, copied to ``folder`` where that is needed.
 
     Args:
-        source: A file, a folder or a Hub id, see :func:`gem_st.training.data.load_source`.
-        split: Split of a data set.
+        source: The corpus.
         columns: Columns to be read.
         rows_per_part: Rows of a part.
         folder: Where copies lie.
@@ -71,18 +78,19 @@ def find_files(
     Raises:
         ValueError: If there is nothing to read, a column is missing or of the wrong type, or a copy is of other data.
     """
-    path = Path(source).expanduser()
+    path = Path(source.name).expanduser()
     files = sorted(file for file in path.rglob("*") if file.is_file() and is_visible(file.relative_to(path)))
     if path.is_file():
         files = [path]
     if not files or any(file.suffix != ".parquet" for file in files):
-        return [_copy(source, split, files, columns, rows_per_part, folder, say)]
+        return [_copy(source, files, columns, rows_per_part, folder, say)]
     found = []
     for file in files:
         metadata = check_file(file, columns)
         largest = max((metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)), default=0)
         is_large = largest > LARGE_GROUPS * rows_per_part
-        found.append(_copy(str(file), split, [file], columns, rows_per_part, folder, say) if is_large else file)
+        whole = source._replace(name=str(file))
+        found.append(_copy(whole, [file], columns, rows_per_part, folder, say) if is_large else file)
     return found
 
 
@@ -119,8 +127,7 @@ def check_schema(name: str, schema: pa.Schema, columns: Columns) -> None:
 
 
 def _copy(
-    source: str,
-    split: str,
+    source: Source,
     files: Sequence[Path],
     columns: Columns,
     rows_per_part: int,
@@ -128,33 +135,34 @@ def _copy(
     say: Callable[[str], object],
 ) -> Path:
     """A parquet file of the columns of a data set, with row groups of one part; made once."""
-    name = hashlib.sha256(f"{Path(source).resolve() if files else source} {split} {columns}".encode()).hexdigest()[:16]
+    path = Path(source.name).resolve() if files else source.name
+    name = hashlib.sha256(f"{path} {source.split} {columns}".encode()).hexdigest()[:16]
     stamp = " ".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
     digest = hashlib.sha256(f"{stamp} {rows_per_part}".encode()).hexdigest().encode()
     copy = folder / f"{name}.parquet"
     if copy.exists():
         if (pq.read_schema(copy).metadata or {}).get(b"source") != digest:
             raise ValueError(
-                f"{source} changed since this run began, or is cut into other parts. Choose another --output."
+                f"{source.name} changed since this run began, or is cut into other parts. Choose another --output."
             )
         return copy
     folder.mkdir(parents=True, exist_ok=True)
     writing = copy.with_suffix(".writing")
     try:
         with open_writer(writing) as write:
-            for index, table in enumerate(read_tables(source, split, files, columns, rows_per_part)):
+            for index, table in enumerate(read_tables(source, files, columns, rows_per_part)):
                 if not index:
-                    say(f"Copying {source} to {copy}")
+                    say(f"Copying {source.name} to {copy}")
                 write(table, digest)
         if not writing.exists():
-            raise ValueError(f"{source} has no rows (split {split!r}). Check how it was made.")
+            raise ValueError(f"{source.name} has no rows (split {source.split!r}). Check how it was made.")
         writing.rename(copy)
     finally:
         writing.unlink(missing_ok=True)
     return copy
 
 
-def read_tables(source: str, split: str, files: Sequence[Path], columns: Columns, num_rows: int) -> Iterator[pa.Table]:
+def read_tables(source: Source, files: Sequence[Path], columns: Columns, num_rows: int) -> Iterator[pa.Table]:
     """Tables of so many rows of any data set; the last may have fewer."""
     if len(files) == 1 and files[0].suffix == ".parquet":
         with pq.ParquetFile(files[0]) as opened:
@@ -162,11 +170,12 @@ def read_tables(source: str, split: str, files: Sequence[Path], columns: Columns
                 yield pa.Table.from_batches([batch])
         return
     try:
-        for table in load_source(source, split=split, streaming=True).with_format("arrow").iter(num_rows):
-            check_schema(source, table.schema, columns)
+        rows = load_source(source.name, split=source.split, streaming=True, token=source.token)
+        for table in rows.with_format("arrow").iter(num_rows):
+            check_schema(source.name, table.schema, columns)
             yield table.select(columns.all)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{source} cannot be read: {error}") from error
+        raise ValueError(f"{source.name} cannot be read: {error}") from error
     except StopIteration:  # of `datasets`, which looks at the first row of an empty file
         return
 

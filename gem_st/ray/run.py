@@ -33,6 +33,7 @@ from .parts import (
     PART,
     Columns,
     Part,
+    Source,
     extend_plan,
     find_files,
     find_repeated,
@@ -314,7 +315,8 @@ def look(config: EncodeConfig, share: float, threads: int | None, texts: list[st
 
 def make_plan(config: EncodeConfig, say: Callable[[str], object]) -> tuple[list[Part], list[Part]]:
     """Parts that the output is planned with already, and those with what there is now."""
-    files = find_files(config.data, config.split, config.names, config.rows_per_part, config.work / "input", say)
+    source = Source(config.data, config.split, config.token)
+    files = find_files(source, config.names, config.rows_per_part, config.work / "input", say)
     known = read_plan(config.work / "plan.parquet")
     plan = extend_plan(known, make_parts(files, config.rows_per_part, config.limit))
     if not plan:

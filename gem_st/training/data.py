@@ -64,7 +64,14 @@ class TrainData:
 # Sources
 
 
-def load_source(source: str, *, split: str = "train", subset: str | None = None, streaming: bool = False) -> Any:
+def load_source(
+    source: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    streaming: bool = False,
+    token: str | None = None,
+) -> Any:
     """Load a data set.
 
     Args:
@@ -73,6 +80,7 @@ def load_source(source: str, *, split: str = "train", subset: str | None = None,
         split: Split; a file is all ``"train"``, of which ``"train[:1000]"`` is a part.
         subset: Configuration of a Hub data set that has several.
         streaming: Read it as it is trained on.
+        token: Hub token.
 
     Returns:
         A Dataset, or an IterableDataset if ``streaming``.
@@ -100,7 +108,8 @@ def load_source(source: str, *, split: str = "train", subset: str | None = None,
         if path.is_file():
             builder, options = EXTENSIONS[_extension(path)]
             return load_dataset(builder, data_files=str(path), split=split, streaming=streaming, **options)
-        return load_dataset(str(path) if path.is_dir() else source, subset, split=split, streaming=streaming)
+        name = str(path) if path.is_dir() else source
+        return load_dataset(name, subset, split=split, streaming=streaming, token=token)
     except (DatasetsError, OSError, ValueError) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"{source!r} has no rows (split {split!r}). Check how it was made.") from error

@@ -5,8 +5,9 @@ whoami, creation, deletion and visibility of model repositories, card validation
 transfer and verification, commits (to branches and pull requests), branches, tags, refs, merges, model info, tree,
 paths-info, history, and file resolution. As on the Hub, a file in LFS is redirected to another origin with a signed
 address, other files are served directly, and a private repository is, without access, one that does not exist. Errors
-have the status and the ``X-Error-Code`` by which the client picks its exceptions. There are no datasets, spaces, gated
-or renamed repositories, multipart uploads, plain discussions, ``.gitignore`` or pages of lists.
+have the status and the ``X-Error-Code`` by which the client picks its exceptions. Data sets, ``datasets/acme/corpus``,
+can be read only. There are no spaces, gated or renamed repositories, multipart uploads, plain discussions,
+``.gitignore`` or pages of lists.
 
     with HubServer({"hf_writer": ("alice", "write")}, orgs={"acme": ["alice"]}) as server:
         subprocess.run([...], env=server.env(tmp_path, token="hf_writer"))
@@ -53,6 +54,7 @@ LFS_PATTERNS = (
 )
 GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS.split())
 REPO_NAME = re.compile(r"(?!.*(--|\.\.))(?!.*\.git$)\w([\w.-]{0,94}\w)?", re.ASCII)
+DATA_SETS = "datasets/"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 FRONT_MATTER = re.compile(r"^\s*---\r?\n([\S\s]*?)\r?\n---[ \t]*(\r?\n|$)")
 
@@ -310,7 +312,7 @@ class HubServer:
 
     def seed(self, repo_id: str, files: Mapping[str, bytes], private: bool = False) -> Commit:
         """Commits files to main, without a request, to a repository that is made if there is none."""
-        repo = self.repos.get(repo_id) or self._create(repo_id, private, repo_id.split("/")[0])
+        repo = self.repos.get(repo_id) or self._create(repo_id, private, repo_id.split("/")[-2])
         tree = dict(repo.find("main").files)
         for path, data in files.items():
             blob = Blob(data, lfs=_is_lfs(path, len(data), data[:512], tree))
@@ -410,6 +412,7 @@ class HubServer:
 
     def _routes(self) -> list[Route]:
         repo, lfs = "/api/models/{owner}/{name}", "/{owner}/{name}.git/info/lfs"
+        data_set = "/api/datasets/{owner}/{name}"
         table: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
             ("GET", "/api/whoami-v2", self._whoami),
             ("POST", "/api/validate-yaml", self._validate_yaml),
@@ -434,6 +437,12 @@ class HubServer:
             ("GET", f"{repo}/discussions/{{num:int}}", self._show_pull),
             ("POST", f"{repo}/discussions/{{num:int}}/merge", self._merge_pull),
             ("GET", "/{owner}/{name}/resolve/{rev}/{path:path}", self._resolve),
+            ("GET", data_set, self._info),
+            ("GET", f"{data_set}/revision/{{rev}}", self._info),
+            ("GET", f"{data_set}/tree/{{rev}}", self._tree),
+            ("GET", f"{data_set}/tree/{{rev}}/{{path:path}}", self._tree),
+            ("POST", f"{data_set}/paths-info/{{rev}}", self._paths_info),
+            ("GET", "/datasets/{owner}/{name}/resolve/{rev}/{path:path}", self._resolve),
             # what there is none of: repositories without a namespace, and of other types
             ("GET", "/api/models/{name}", self._no_repo),
             ("GET", "/api/datasets/{path:path}", self._no_repo),
@@ -473,7 +482,8 @@ class HubServer:
         return repo
 
     def _repo(self, request: Request) -> Repo:
-        return self._named(request, f"{_param(request, 'owner')}/{_param(request, 'name')}")
+        kind = DATA_SETS if request.scope["path"].removeprefix("/api").startswith(f"/{DATA_SETS}") else ""
+        return self._named(request, f"{kind}{_param(request, 'owner')}/{_param(request, 'name')}")
 
     def _written_repo(self, request: Request, revision: str = "", pull_request: bool = False) -> tuple[Repo, User]:
         """The repository and the user, who may write to it; to pull requests, all may if it is their own."""
@@ -500,7 +510,7 @@ class HubServer:
     # Repositories
 
     def _create(self, repo_id: str, private: bool, author: str) -> Repo:
-        repo = self.repos[repo_id] = Repo(repo_id, private)
+        repo = self.repos[repo_id] = Repo(repo_id.removeprefix(DATA_SETS), private)
         repo.commit("refs/heads/main", {".gitattributes": Blob(GITATTRIBUTES.encode())}, "initial commit", author)
         return repo
 

@@ -17,6 +17,7 @@ from gem_st.ray import parts as parts_module
 from gem_st.ray.parts import (
     Columns,
     Part,
+    Source,
     cut_groups,
     extend_plan,
     find_files,
@@ -28,6 +29,7 @@ from gem_st.ray.parts import (
     write_plan,
 )
 
+from ..hub.hub_server import HubServer
 from .conftest import make_texts
 
 NAMES = Columns("text", "id")
@@ -38,7 +40,7 @@ def find(tmp_path):
     """Function that gives files of a corpus in parts of 10 rows, and their rows."""
 
     def run(source, columns=NAMES, split="train"):
-        files = find_files(str(source), split, columns, 10, tmp_path / "input", lambda line: None)
+        files = find_files(Source(str(source), split), columns, 10, tmp_path / "input", lambda line: None)
         parts = make_parts(files, 10, None)
         return files, pa.concat_tables([read_part(part, columns.all) for part in parts])
 
@@ -99,6 +101,26 @@ def test_a_data_set_that_is_saved_on_this_machine(tmp_path, find):
     Dataset.from_dict({"id": list(range(25)), "text": make_texts(25)}).save_to_disk(tmp_path / "saved")
     _, table = find(tmp_path / "saved")
     assert table["text"].to_pylist() == make_texts(25)
+
+
+def test_a_private_data_set_of_the_hub_is_read_with_the_token(python, tmp_path):
+    write(tmp_path / "a.parquet")
+    write(tmp_path / "b.parquet", num=5)
+    (tmp_path / "read.py").write_text(
+        "import sys\nfrom pathlib import Path\nfrom gem_st.ray.parts import Columns, Source, find_files\n"
+        "source = Source('acme/corpus', sys.argv[1], sys.argv[2] if sys.argv[2:] else None)\n"
+        "print(*find_files(source, Columns('text', 'id'), 10, Path('input'), lambda line: None))"
+    )
+    with HubServer({"hf_reader": ("alice", "read")}, orgs={"acme": ["alice"]}) as server:
+        names = {"data/train-0.parquet": "a.parquet", "data/test-0.parquet": "b.parquet"}
+        files = {there: (tmp_path / here).read_bytes() for there, here in names.items()}
+        server.seed("datasets/acme/corpus", files, private=True)
+        env = server.env(tmp_path / "hf")
+        refused, read = (python.run("read.py", "test", *token, env=env, cwd=tmp_path) for token in ([], ["hf_reader"]))
+    assert read.returncode == 0, read.stderr
+    table = pq.read_table(tmp_path / read.stdout.strip())
+    assert table["text"].to_pylist() == make_texts(5)
+    assert "'acme/corpus' cannot be read as a data set of the Hub" in refused.stderr
 
 
 def test_a_folder_of_parquet_leaves_hidden_files_out(tmp_path, find):
