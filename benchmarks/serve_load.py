@@ -5,7 +5,7 @@
 
 Clients ask one thing after the other: with a chance of 0.7 for an embedding of 64 tokens, else for an answer of 64
 tokens. Each setting is a run of mixed load, then one of embeddings alone and one of chats alone by as many clients;
-of `gem` the embedding of a conversation is timed before, cold and after its chat. Vectors are compared with those of
+of `gem` the embedding of a conversation is timed last, cold and after its chat. Vectors are compared with those of
 `encode`, answers with those of the other settings. Servers are processes of `--python`, where only
 `gem-st[serve,lora]` should be installed: what is installed beside it, Sentence Transformers imports. Exits with 1 if a
 request fails or a vector differs.
@@ -168,6 +168,11 @@ class Clients:
         watching.cancel()
         return phase
 
+    async def close(self) -> None:
+        """Close connections."""
+        await self.chat.close()
+        await self.embed.close()
+
     async def _watch(self, phase: Phase) -> None:
         while True:
             phase.memory.append([server.memory() for server in self.servers])
@@ -219,6 +224,7 @@ def time_conversations(clients: Clients, rounds: int = 3) -> dict[str, float]:
             found["cold"].append(await embed(cold))
             await clients.chat.chat.completions.create(model=clients.model, messages=chatted, max_tokens=2)
             found["after its chat"].append(await embed(chatted))
+        await clients.close()
         return {name: statistics.median(seconds) for name, seconds in found.items()}
 
     return asyncio.run(run())
@@ -238,10 +244,11 @@ def measure(setting: str, args: argparse.Namespace, load: Any) -> tuple[dict[str
             for name in args.loads:
                 seconds = args.seconds if name == "mixed" else args.seconds / 5
                 found[name] = await clients.run(LOADS[name], seconds)
+            await clients.close()
             return found
 
-        conversation = time_conversations(Clients(setting, servers, args, load)) if setting == "gem" else None
         phases = asyncio.run(run_all())
+        conversation = time_conversations(Clients(setting, servers, args, load)) if setting == "gem" else None
     errors = [error for phase in phases.values() for error in phase.errors]
     print("\n".join(errors[:5]), end="\n" if errors else "")
     answers: dict[str, set[str]] = {}
