@@ -1,10 +1,9 @@
 """`gem-st encode` with two actors against two plain processes, and its memory for ten times the texts.
 
-    python benchmarks/corpus.py --data DATA --checkpoint runs/demo/frozen
-    python benchmarks/corpus.py --data DATA --checkpoint runs/demo/frozen --num 6144 --rows-per-part 512 \\
-        --ways plain Ray "Ray, niceness 15" "Ray, memory watched"
-    python benchmarks/corpus.py --data DATA --only memory
+    python benchmarks/corpus.py --data DATA
+    python benchmarks/corpus.py --data DATA --only throughput --ways plain Ray "Ray, niceness 15" "Ray, memory watched"
 
+The model is examples/base-8m with a LoRA of random weights beside it, and vectors of length 1, or that of --checkpoint.
 Texts are made of DATA/text/classic_books_sentences_200k.txt: of a hundred, eighty are one sentence, nineteen two, four
 or eight, one forty. A plain process loads the model, reads its half, calls `model.encode` once, with batches of 32, and
 writes parquet. Times are of whole processes, from their start to their end; `steady` is without start and loading: of
@@ -32,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gem_st import GemTransformer, hub
@@ -71,6 +71,17 @@ def write_corpus(data: Path, num: int, path: Path, *, is_mixed: bool, seed: int 
         texts.append(" ".join(lines[(place + index) % len(lines)] for index in range(count)))
         place += count
     pq.write_table(pa.table({"id": list(range(num)), "text": texts}), path, row_group_size=2048)
+
+
+def make_checkpoint(folder: Path) -> str:
+    """The model of the committed base, with an adapter that is drawn."""
+    torch.manual_seed(0)
+    gem = GemTransformer(str(ROOT / "examples" / "base-8m"), freeze_base=True)
+    with torch.no_grad():
+        for name, weight in gem.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.02)
+    return str(hub.export(SentenceTransformer(modules=[gem, Normalize()], device="cpu"), folder))
 
 
 def environment() -> dict[str, str]:
@@ -141,7 +152,7 @@ def run_plain(args: argparse.Namespace, data: Path, scratch: Path) -> tuple[dict
 
 def measure_throughput(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """The ways, one after another, on the same texts; and how far their vectors are from those of plain processes."""
-    data = scratch / "corpus.parquet"
+    data, args.checkpoint = scratch / "corpus.parquet", args.checkpoint or make_checkpoint(scratch / "checkpoint")
     write_corpus(args.data, args.num, data, is_mixed=True)
     rates, result, expected = {}, {}, None
     for way in args.ways:
@@ -193,7 +204,7 @@ def measure_memory(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the layout of benchmarks/README.md")
-    parser.add_argument("--checkpoint", help="folder of a checkpoint, for throughput")
+    parser.add_argument("--checkpoint", help="folder of another checkpoint, for throughput")
     parser.add_argument("--only", nargs="+", choices=["throughput", "memory"], default=["throughput", "memory"])
     parser.add_argument("--ways", nargs="+", choices=[PLAIN_WAY, *WAYS], default=[PLAIN_WAY, "Ray"])
     parser.add_argument("--num", type=int, default=20_000)

@@ -40,6 +40,7 @@ def encode(
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     id_column: Annotated[str, typer.Option(help="Column that says which text is which.")] = "id",
     columns: Annotated[str, typer.Option(help="Columns to keep beside id and vector, with commas.")] = "",
+    subset: Annotated[str | None, typer.Option(help="Configuration of a data set of the Hub that has several.")] = None,
     split: Annotated[str, typer.Option(help="Split of a data set of the Hub.")] = "train",
     prompt_name: Annotated[
         str | None, typer.Option(help="Prompt of the model; by default that of documents, if there is one.")
@@ -51,7 +52,8 @@ def encode(
     rows_per_part: Annotated[int, typer.Option(help="Texts that are read, embedded and written as one.")] = 2048,
     limit: Annotated[int | None, typer.Option(help="Texts to embed, from the first.")] = None,
     num_actors: Annotated[
-        int | None, typer.Option(help="Copies of the model; by default one for a GPU, or for four CPUs.")
+        int | None,
+        typer.Option(help="Copies of the model; by default one a GPU, or four CPUs here, or CPU of a cluster."),
     ] = None,
     gpus_per_actor: Annotated[
         float | None, typer.Option(help="GPUs of each; by default 1 where there are any.")
@@ -83,6 +85,7 @@ def encode(
                 checkpoint=checkpoint,
                 data=data,
                 output=output,
+                subset=subset,
                 split=split,
                 text_column=text_column,
                 id_column=id_column,

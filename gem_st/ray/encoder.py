@@ -95,7 +95,8 @@ class Encoder:
         check_options(precision, batch_tokens, truncate_dim)
         if precision == "int8" and ranges is None:
             raise ValueError("precision='int8' needs ranges=, the least and largest value of each element.")
-        self.text_column, self.id_column, self.columns = text_column, id_column, list(columns)
+        self.text_column, self.id_column = text_column, id_column
+        self.columns = [name for name in dict.fromkeys(columns) if name != id_column]
         self.prompt_name, self.precision, self.truncate_dim = prompt_name, precision, truncate_dim
         self.ranges = None if ranges is None else np.asarray(ranges, dtype=np.float32)
         self.batch_tokens, self.report = batch_tokens, report
@@ -112,11 +113,12 @@ class Encoder:
         if expected is not None:
             refuse_other(checkpoint, "this run", expected, self.fingerprint, EncodeError)
 
-    def __call__(self, batch: Any) -> pa.Table:
+    def __call__(self, batch: Any, report_name: str | None = None) -> pa.Table:
         """Embed the texts of a table.
 
         Args:
             batch: A table, or arrays by column.
+            report_name: File of the report, which is written anew; by default one that its content names.
 
         Returns:
             Ids, columns that were asked for, and ``vector``, a fixed-size list; without texts that are null or blank.
@@ -129,15 +131,16 @@ class Encoder:
         kept = [row for row, text in enumerate(texts) if text and text.strip()]
         unique: list[str] = list(dict.fromkeys(texts[row] for row in kept))
         lengths = self.count_tokens(unique)
-        vectors, place = self.embed(unique, lengths), {text: row for row, text in enumerate(unique)}
+        whole, place = self._embed(unique, lengths), {text: row for row, text in enumerate(unique)}
+        vectors = convert(whole, self.precision, self.ranges)
         rows = [place[texts[row]] for row in kept]
         ids = table[self.id_column]
-        if not np.isfinite(vectors).all():
-            bad = [
-                ids[row].as_py() for row, found in zip(kept, rows, strict=True) if not np.isfinite(vectors[found]).all()
-            ]
+        # Of both: in 8 bits and in one nothing shows, and in 16 what is large becomes infinite.
+        is_finite = np.isfinite(whole).all(axis=1) & np.isfinite(vectors).all(axis=1)
+        if not is_finite.all():
+            bad = [ids[row].as_py() for row, found in zip(kept, rows, strict=True) if not is_finite[found]]
             raise EncodeError(f"Vectors of {len(bad)} texts are not finite in {self.precision}, ids {bad[:5]}.")
-        self._write_report(ids, texts, dict(zip(kept, (lengths[row] for row in rows), strict=True)))
+        self._write_report(ids, texts, dict(zip(kept, (lengths[row] for row in rows), strict=True)), report_name)
         result = table.select([self.id_column, *self.columns]).take(pa.array(kept, pa.int64()))
         return result.append_column(VECTOR, as_lists(vectors[rows]))
 
@@ -156,17 +159,25 @@ class Encoder:
     def embed(self, texts: list[str], lengths: list[int] | None = None) -> np.ndarray:
         """Vectors of texts in the precision asked for. Shape: ``(N, D)``, or ``(N, D / 8)`` for bits"""
         lengths = self.count_tokens(texts) if lengths is None else lengths
-        most = self.model.max_seq_length or max(lengths, default=1)
+        return convert(self._embed(texts, lengths), self.precision, self.ranges)
+
+    @property
+    def num_places(self) -> float:
+        """Tokens that are read of a text."""
+        own = getattr(self.model[0], "document_length", None) if self.prompt_name is None else None
+        return own or self.model.max_seq_length or float("inf")
+
+    def _embed(self, texts: list[str], lengths: list[int]) -> np.ndarray:
+        """Vectors of texts as the model gives them. Shape: ``(N, D)``"""
         parts, order = [], []
-        for batch in token_batches([min(length, most) for length in lengths], self.batch_tokens):
+        for batch in token_batches([int(min(length, self.num_places)) for length in lengths], self.batch_tokens):
             parts.append(self._encode([texts[row] for row in batch]))
             order += batch
         if not parts:
-            width = self.fingerprint["dimension"]
-            return convert(np.zeros((0, width), np.float32), self.precision, self.ranges)
+            return np.zeros((0, self.fingerprint["dimension"]), np.float32)
         vectors = np.empty((len(texts), parts[0].shape[1]), np.float32)
         vectors[order] = np.concatenate(parts)
-        return convert(vectors, self.precision, self.ranges)
+        return vectors
 
     def _encode(self, texts: list[str]) -> np.ndarray:
         options: dict[str, Any] = {"batch_size": len(texts), "show_progress_bar": False}
@@ -184,23 +195,24 @@ class Encoder:
             raise EncodeError(f"Column {self.text_column!r} holds {column.type}, and not text.")
         return column.to_pylist()
 
-    def _write_report(self, ids: Any, texts: list[str | None], lengths: dict[int, int]) -> None:
+    def _write_report(self, ids: Any, texts: list[str | None], lengths: dict[int, int], name: str | None) -> None:
         """Write a line for each text that is not embedded as it is; the same table gives the same file."""
         if self.report is None:
             return
-        most = self.model.max_seq_length or float("inf")
-        lines = []
+        most, lines = self.num_places, []
         for row, text in enumerate(texts):
             if row not in lengths:
                 lines.append({"id": ids[row].as_py(), "reason": NULL if text is None else EMPTY})
             elif lengths[row] > most:
                 found = {"tokens": lengths[row], "read": most}
                 lines.append({"id": ids[row].as_py(), "reason": TOO_LONG, **found})
+        content = "".join(f"{json.dumps(line, ensure_ascii=False, default=str)}\n" for line in lines)
+        path = Path(self.report) / (name or f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.jsonl")
         if lines:
-            content = "".join(f"{json.dumps(line, ensure_ascii=False, default=str)}\n" for line in lines)
-            name = hashlib.sha256(content.encode()).hexdigest()[:24]
-            Path(self.report).mkdir(parents=True, exist_ok=True)
-            write_text(Path(self.report) / f"{name}.jsonl", content)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, content)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_options(precision: str, batch_tokens: int, truncate_dim: int | None) -> None:
@@ -273,8 +285,9 @@ def convert(vectors: np.ndarray, precision: str, ranges: np.ndarray | None) -> n
     if not len(vectors):
         return np.zeros((0, -(-vectors.shape[1] // 8) if precision == "binary" else vectors.shape[1]), np.int8)
     kind: Any = precision
-    quantized = quantize_embeddings(inside(vectors, ranges), precision=kind, ranges=ranges)
-    return np.asarray(quantized, dtype=np.int8)
+    with np.errstate(invalid="ignore"):  # what is not finite is refused
+        quantized = quantize_embeddings(inside(vectors, ranges), precision=kind, ranges=ranges)
+        return np.asarray(quantized, dtype=np.int8)
 
 
 def inside(vectors: np.ndarray, ranges: np.ndarray | None) -> np.ndarray:

@@ -8,6 +8,7 @@ parquet first, beside the output.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from ..training.data import load_source
 from .encoder import VECTOR, EncodeError, is_text
 
 PART = "part"
+SAVED = "state.json"
+"""What is in the folder of a data set that `datasets` saved."""
 LARGE_GROUPS = 8
 """Row groups of more than so many parts are copied: each part would read all of its group."""
 
@@ -42,6 +45,7 @@ class Source(NamedTuple):
     """A corpus: a file, a folder, or the Hub id of a data set, see :func:`gem_st.training.data.load_source`."""
 
     name: str
+    subset: str | None = None
     split: str = "train"
     token: str | None = None
 
@@ -79,24 +83,62 @@ def find_files(
         ValueError: If there is nothing to read, a column is missing or of the wrong type, or a copy is of other data.
     """
     path = Path(source.name).expanduser()
-    files = sorted(file for file in path.rglob("*") if file.is_file() and is_visible(file.relative_to(path)))
-    if path.is_file():
-        files = [path]
-    if not files or any(file.suffix != ".parquet" for file in files):
+    if not path.exists() or (path / SAVED).exists():
+        files = list_files(path, say) if path.exists() else []
         return [_copy(source, files, columns, rows_per_part, folder, say)]
+    if source.subset is not None or source.split != "train":
+        raise ValueError(f"{source.name} is on this machine, without subsets and splits. Name its files, or a folder.")
     found = []
-    for file in files:
-        metadata = check_file(file, columns)
-        largest = max((metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)), default=0)
-        is_large = largest > LARGE_GROUPS * rows_per_part
+    for file in [path] if path.is_file() else list_files(path, say):
+        is_read = file.suffix == ".parquet" and not has_large_groups(check_file(file, columns), rows_per_part)
         whole = source._replace(name=str(file))
-        found.append(_copy(whole, [file], columns, rows_per_part, folder, say) if is_large else file)
+        found.append(file if is_read else _copy(whole, [file], columns, rows_per_part, folder, say))
+    check_types(found, columns)
     return found
 
 
-def is_visible(path: Path) -> bool:
-    """False for what tools leave beside data, such as ``_SUCCESS``."""
-    return not any(name.startswith((".", "_")) for name in path.parts)
+def list_files(folder: Path, say: Callable[[str], object]) -> list[Path]:
+    """All files of a folder and those below it, links followed, but for what tools leave beside data.
+
+    Raises:
+        ValueError: If there are none, or they are several data sets that `datasets` saved.
+    """
+    files, hidden, seen = [], [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        hidden += [Path(root, name) for name in [*names, *folders] if name.startswith((".", "_"))]
+        files += [Path(root, name) for name in names if not name.startswith((".", "_"))]
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+    if hidden:
+        say(f"Left out, as their names begin with . or _: {len(hidden)}, such as {hidden[0]}")
+    if not files:
+        raise ValueError(f"{folder} holds no files.")
+    if saved := [file.parent for file in files if file.name == SAVED and file.parent != folder]:
+        raise ValueError(f"{folder} holds data sets that `datasets` saved. Name one of them, such as {saved[0]}.")
+    return sorted(files)
+
+
+def has_large_groups(metadata: Any, rows_per_part: int) -> bool:
+    """True for a parquet file with a row group that is many parts."""
+    sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return max(sizes, default=0) > LARGE_GROUPS * rows_per_part
+
+
+def types_of(file: Path, columns: Columns) -> dict[str, str]:
+    """Types of the columns that go into the output."""
+    schema = pq.read_schema(file)
+    return {name: str(schema.field(name).type) for name in (columns.id, *columns.others)}
+
+
+def check_types(files: Sequence[Path], columns: Columns) -> None:
+    """Raise ValueError if files cannot be one table."""
+    for file in files:
+        first, other = types_of(files[0], columns), types_of(file, columns)
+        if first != other:
+            raise ValueError(f"{files[0]} has columns {first}, and {file} has {other}. Bring them to the same types.")
 
 
 def check_file(file: Path, columns: Columns) -> Any:
@@ -122,7 +164,7 @@ def check_schema(name: str, schema: pa.Schema, columns: Columns) -> None:
     if not is_text(schema.field(columns.text).type):
         raise ValueError(f"Column {columns.text!r} of {name} holds {schema.field(columns.text).type}, and not text.")
     kind = schema.field(columns.id).type
-    if not (is_text(kind) or pa.types.is_integer(kind)):
+    if pa.types.is_string_view(kind) or not (is_text(kind) or pa.types.is_integer(kind)):
         raise ValueError(f"Ids are text or integers, but column {columns.id!r} of {name} holds {kind}.")
 
 
@@ -136,7 +178,7 @@ def _copy(
 ) -> Path:
     """A parquet file of the columns of a data set, with row groups of one part; made once."""
     path = Path(source.name).resolve() if files else source.name
-    name = hashlib.sha256(f"{path} {source.split} {columns}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{path} {source.subset} {source.split} {columns}".encode()).hexdigest()[:16]
     stamp = " ".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
     digest = hashlib.sha256(f"{stamp} {rows_per_part}".encode()).hexdigest().encode()
     copy = folder / f"{name}.parquet"
@@ -170,14 +212,28 @@ def read_tables(source: Source, files: Sequence[Path], columns: Columns, num_row
                 yield pa.Table.from_batches([batch])
         return
     try:
-        rows = load_source(source.name, split=source.split, streaming=True, token=source.token)
+        options: dict[str, Any] = {"subset": source.subset, "split": source.split, "token": source.token}
+        rows = load_source(source.name, streaming=True, text_columns=(columns.id, columns.text), **options)
         for table in rows.with_format("arrow").iter(num_rows):
             check_schema(source.name, table.schema, columns)
-            yield table.select(columns.all)
+            yield as_strings(table.select(columns.all))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{source.name} cannot be read: {error}") from error
     except StopIteration:  # of `datasets`, which looks at the first row of an empty file
         return
+
+
+def as_strings(table: pa.Table) -> pa.Table:
+    """The table with one type for all columns of text, whoever read them."""
+    fields = [field.with_type(pa.string()) if is_text(field.type) else field for field in table.schema]
+    return table.cast(pa.schema(fields, table.schema.metadata))
+
+
+def check_cast(name: str, now: pa.DataType, first: pa.DataType) -> None:
+    """Raise ValueError if values would come out as others, as ``"007"`` would as 7."""
+    kinds = (is_text, pa.types.is_integer, pa.types.is_floating)
+    if not (now == first or pa.types.is_null(now) or any(is_kind(now) and is_kind(first) for is_kind in kinds)):
+        raise ValueError(f"Column {name!r} holds {first} first and {now} later. Bring all to the same type.")
 
 
 @contextmanager
@@ -190,6 +246,8 @@ def open_writer(path: Path) -> Iterator[Callable[[pa.Table, bytes], None]]:
         if writer is None:
             writer = pq.ParquetWriter(path, table.schema.with_metadata({"source": digest}))
         if table.schema.remove_metadata() != writer.schema.remove_metadata():
+            for now, first in zip(table.schema, writer.schema, strict=True):
+                check_cast(now.name, now.type, first.type)
             table = table.cast(writer.schema)
         writer.write_table(table.replace_schema_metadata(writer.schema.metadata), row_group_size=max(1, len(table)))
 
@@ -254,6 +312,12 @@ def read_part(part: Part, columns: Sequence[str]) -> pa.Table:
     if len(table) != part.num_rows:
         raise EncodeError(f"{part.file} changed: {len(table)} rows, and {part.num_rows} were planned.")
     return table
+
+
+def spread(items: Sequence[Any], num: int) -> list[Any]:
+    """At most so many of some items, from the first to the last, as far from each other as can be."""
+    places = np.linspace(0, len(items) - 1, min(num, len(items)))
+    return [items[int(place)] for place in places]
 
 
 def write_plan(path: Path, parts: Sequence[Part]) -> None:

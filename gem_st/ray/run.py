@@ -7,9 +7,6 @@ read, embed and return one part at a time; and writes each in two phases. Restar
 from __future__ import annotations
 
 import json
-import logging
-import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +17,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
@@ -27,6 +25,7 @@ from tqdm import tqdm
 
 from ..files import read_json, write_json
 from ..training.measures import describe_versions
+from .cluster import num_threads, plain_errors, running_ray
 from .encoder import BATCH_TOKENS, EMPTY, NULL, EncodeError, Encoder, check_options
 from .fingerprint import describe_model, refuse_other
 from .parts import (
@@ -41,21 +40,15 @@ from .parts import (
     read_ids,
     read_part,
     read_plan,
+    spread,
+    types_of,
     write_plan,
 )
 
 ROWS_PER_PART = 2048
-SPARE_CPUS = 3
-"""Logical CPUs beside those of the actors: Ray Data reads the plan, filters it and writes in tasks of one each."""
-STORE_BYTES = 2**28
-"""Object store of a local run, and as much again for each actor: parts that wait to be written."""
 FILTER_BYTES = 2**28
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_worker_niceness": "0"}
-"""What a run sets unless it is set: nothing is reported, little is logged, and actors have the priority of the command;
-Ray's own 15 would have them give way to all else on the machine."""
 SAMPLE_PARTS, SAMPLE_TEXTS = 8, 256
 VECTORS, LANCE, REPORT, FINGERPRINT = "vectors", "vectors.lance", "report.jsonl", "fingerprint.json"
-ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Invalid|Interrupt))(?:: (.*))?$", re.MULTILINE)
 
 
 @dataclass
@@ -66,11 +59,14 @@ class EncodeConfig:
         checkpoint: Folder or Hub id of a model.
         data: A parquet, jsonl or csv file, a folder of such files, or the Hub id of a data set.
         output: Folder of the vectors, which every machine must see.
+        subset: Configuration of a data set of the Hub that has several.
+        split: Split of a data set.
         columns: Columns to keep beside id and vector.
         format: ``"parquet"``, or ``"lance"`` for a Lance data set beside it.
         rows_per_part: Texts that are read, embedded and written as one.
         limit: Texts to embed, from the first.
-        num_actors: Copies of the model; by default one for each GPU, or for four CPUs.
+        num_actors: Copies of the model; by default one for each GPU; without any, one for four CPUs of this machine,
+            or for each CPU of a cluster but three.
         gpus_per_actor: By default 1 where there are GPUs.
         address: Of a cluster; by default Ray is started here, and ends with the run.
         token: Hub token.
@@ -81,6 +77,7 @@ class EncodeConfig:
     checkpoint: str
     data: str
     output: Path
+    subset: str | None = None
     split: str = "train"
     text_column: str = "text"
     id_column: str = "id"
@@ -110,8 +107,22 @@ class EncodeConfig:
                 raise ValueError(f"{name} must be 1 or more, got {value}.")
         if find_spec("ray") is None:
             raise ImportError("ray is not installed: pip install 'gem-st[ray]'")
-        if self.format == "lance" and find_spec("lance") is None:
-            raise ImportError("--format lance needs the package pylance: pip install 'gem-st[lance]'")
+        if self.has_lance and find_spec("lance") is None:
+            raise ImportError("A Lance data set needs the package pylance: pip install 'gem-st[lance]'")
+        if named := [name for name in self.output.resolve().parts if "=" in name]:
+            raise ValueError(
+                f"Readers of parquet take a folder {named[0]!r} for a column and its value. Choose another --output."
+            )
+
+    @property
+    def has_lance(self) -> bool:
+        """True if there is to be a Lance data set, or is one, which would be without the new rows."""
+        return self.format == "lance" or (self.output / LANCE).exists()
+
+    @property
+    def place(self) -> str:
+        """The checkpoint, under the name that other machines and folders know it by."""
+        return str(Path(self.checkpoint).resolve()) if Path(self.checkpoint).is_dir() else str(self.checkpoint)
 
     @property
     def names(self) -> Columns:
@@ -127,7 +138,7 @@ class EncodeConfig:
         """Arguments of :class:`Encoder`."""
         same = ["text_column", "id_column", "columns", "prompt_name", "precision", "truncate_dim", "batch_tokens"]
         same += ["dtype", "revision", "token", "trust_remote_code"]
-        return {"checkpoint": self.checkpoint, **{name: getattr(self, name) for name in same}}
+        return {"checkpoint": self.place, **{name: getattr(self, name) for name in same}}
 
 
 @dataclass(frozen=True)
@@ -172,110 +183,10 @@ class PartEncoder:
             self.encoder = Encoder(**self.options)
         part = Part(**batch.to_pylist()[0])
         try:
-            result = self.encoder(read_part(part, self.names))
+            result = self.encoder(read_part(part, self.names), f"{part.part}.jsonl")
         except EncodeError as error:
             raise EncodeError(f"Part {part.part}: {error}") from error
         return result.append_column(PART, pa.array([part.part] * len(result), pa.int64()))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Ray
-
-
-@contextmanager
-def running_ray(
-    address: str | None, num_actors: int | None, gpus_per_actor: float | None
-) -> Iterator[tuple[int, float]]:
-    """Ray, started here or joined, and how many actors there will be, with how many GPUs each.
-
-    Raises:
-        ValueError: If the cluster has no room for them, so that they would wait for ever.
-    """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    import ray
-    import ray.data
-
-    keep_quiet()
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address is None:
-            wanted = num_actors or max(1, (os.cpu_count() or 1) // 4)
-            options |= {"num_cpus": wanted + SPARE_CPUS, "include_dashboard": False}
-            options["object_store_memory"] = STORE_BYTES * (1 + wanted)
-        ray.init(address=address or "local", **options)
-    try:
-        yield find_room(ray.cluster_resources(), num_actors, gpus_per_actor, is_local=address is None)
-    finally:
-        if is_ours:
-            ray.shutdown()
-
-
-def keep_quiet() -> None:
-    """Have Ray Data log to its files alone: what a user is to know is in a bar, a result or an error."""
-    for handler in logging.getLogger("ray.data").handlers:
-        if handler.name == "console":  # Ray Data's own; others are the user's
-            handler.setLevel(logging.CRITICAL)
-
-
-def find_room(
-    resources: dict[str, float], num_actors: int | None, gpus_per_actor: float | None, *, is_local: bool
-) -> tuple[int, float]:
-    """Number of actors, and GPUs of each.
-
-    Args:
-        resources: Of the cluster.
-        num_actors: As asked for.
-        gpus_per_actor: As asked for.
-        is_local: True for this machine alone.
-
-    Raises:
-        ValueError: If there is no room for them and for the tasks beside them.
-    """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    share = (1.0 if gpus else 0.0) if gpus_per_actor is None else gpus_per_actor
-    own = max(1, (os.cpu_count() or 1) // 4) if is_local else max(1, int(cpus - SPARE_CPUS))
-    wanted = num_actors or (max(1, int(gpus / share)) if share else own)
-    if wanted + SPARE_CPUS > cpus or wanted * share > gpus:
-        raise ValueError(
-            f"{wanted} actors of 1 CPU and {share:g} GPUs, and {SPARE_CPUS} CPUs for reading and writing, do not fit "
-            f"into {cpus:g} CPUs and {gpus:g} GPUs, and would wait for ever. Ask for fewer (--num-actors, "
-            "--gpus-per-actor), or start Ray with more: its CPUs are a number, `ray start --num-cpus 8`."
-        )
-    return wanted, share
-
-
-def num_threads(num_actors: int, address: str | None) -> int | None:
-    """Threads of an actor: its share of this machine; on a cluster what Ray gives it."""
-    return None if address else max(1, (os.cpu_count() or 1) // num_actors)
-
-
-def first_error(error: BaseException) -> Exception:
-    """The error that an actor or a task met, found in the text in which Ray brings it."""
-    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
-    if "No space left on device" in text or "Errno 28" in text:
-        return OSError("The disk is full. What was written stays: free some space, and the same command goes on.")
-    lines = [line for line in ERROR_LINE.finditer(text) if line[2]]
-    # The last of ours, which says most, or else the first, which caused the others.
-    found = next((line for line in reversed(lines) if line[1] == EncodeError.__name__), lines[0] if lines else None)
-    if found is None:
-        return RuntimeError(f"{type(error).__name__}: {' '.join(text.split())[-500:]}")
-    name, message = found[1], found[2]
-    known = {"EncodeError": EncodeError, "ValueError": ValueError, "OSError": OSError, "ImportError": ImportError}
-    return known[name](message) if name in known else RuntimeError(f"{name}: {message}")
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """What Ray raises, as what caused it."""
-    from ray.exceptions import RayError
-
-    try:
-        yield
-    except RayError as error:
-        raise first_error(error) from error
 
 
 def look_at(options: dict[str, Any], texts: list[str]) -> dict[str, Any]:
@@ -290,6 +201,8 @@ def look_at(options: dict[str, Any], texts: list[str]) -> dict[str, Any]:
         encoder.embed(texts[:8])
         start = time.perf_counter()
         vectors = encoder.embed(texts, lengths)
+        if not np.isfinite(vectors).all():
+            raise EncodeError(f"Vectors of a sample of {len(texts)} texts are not all finite. Choose another dtype.")
         facts |= {"seconds": time.perf_counter() - start, "tokens": sum(lengths), "texts": len(texts)}
         facts["ranges"] = [vectors.min(axis=0).tolist(), vectors.max(axis=0).tolist()]
         facts["width"] = vectors.shape[1]
@@ -315,9 +228,14 @@ def look(config: EncodeConfig, share: float, threads: int | None, texts: list[st
 
 def make_plan(config: EncodeConfig, say: Callable[[str], object]) -> tuple[list[Part], list[Part]]:
     """Parts that the output is planned with already, and those with what there is now."""
-    source = Source(config.data, config.split, config.token)
+    known, vectors = read_plan(config.work / "plan.parquet"), config.output / VECTORS
+    if not known and vectors.is_dir() and any(vectors.iterdir()):
+        raise ValueError(
+            f"{vectors} has files, but nothing says of which texts: {config.work / 'plan.parquet'} is gone. Choose "
+            "another --output."
+        )
+    source = Source(config.data, config.subset, config.split, config.token)
     files = find_files(source, config.names, config.rows_per_part, config.work / "input", say)
-    known = read_plan(config.work / "plan.parquet")
     plan = extend_plan(known, make_parts(files, config.rows_per_part, config.limit))
     if not plan:
         raise ValueError(f"{config.data} has no rows.")
@@ -331,12 +249,12 @@ def make_plan(config: EncodeConfig, say: Callable[[str], object]) -> tuple[list[
 
 def sample_texts(plan: list[Part], column: str, num: int = SAMPLE_TEXTS) -> list[str]:
     """Texts from parts spread over the corpus; the same plan gives the same."""
-    chosen = plan[:: max(1, len(plan) // SAMPLE_PARTS)][:SAMPLE_PARTS]
+    chosen = spread(plan, SAMPLE_PARTS)
     each = -(-num // len(chosen))
     texts: list[str] = []
     for part in chosen:
         values = [text for text in read_part(part, [column])[column].to_pylist() if text and text.strip()]
-        texts += values[:: max(1, len(values) // each)][:each]
+        texts += spread(values, each)
     if not texts:
         raise EncodeError(
             f"There is nothing but null and blank texts in {len(chosen)} parts, from the first to the last."
@@ -386,14 +304,15 @@ def _settle(config: EncodeConfig, plan: list[Part], share: float, threads: int |
         raise ValueError(f"{vectors} has files, but no {FINGERPRINT} says what they are. Choose another --output.")
     calibrates = config.precision == "int8" and noted is None
     facts = look(config, share, threads, sample_texts(plan, config.text_column, 1024) if calibrates else [])
-    columns = {"text": config.text_column, "id": config.id_column, "others": list(config.columns)}
+    columns: dict[str, Any] = {"text": config.text_column, "id": config.id_column, "others": list(config.columns)}
+    columns["types"] = types_of(Path(plan[-1].file), config.names)
     settings = {**facts["fingerprint"], "columns": columns}
     if noted is not None:
         refuse_other(
             config.checkpoint, str(config.output), {**noted["fingerprint"], "columns": noted["columns"]}, settings
         )
         return noted["ranges"]
-    source = {"checkpoint": str(config.checkpoint), "revision": config.revision, "dtype": config.dtype}
+    source = {"checkpoint": config.place, "revision": config.revision, "dtype": config.dtype}
     options = {"prompt_name": config.prompt_name, "truncate_dim": config.truncate_dim}
     ranges = facts["ranges"] if calibrates else None
     found = {"fingerprint": facts["fingerprint"], "columns": columns, **source, **options, "ranges": ranges}
@@ -494,7 +413,7 @@ def _finish(config: EncodeConfig, plan: list[Part], before: int, seconds: float)
             f"{config.output} has {vectors} vectors of {texts} texts, and {sum(without.values())} are known to have "
             f"none. See what is missing: gem-st encode --verify {config.output}."
         )
-    if config.format == "lance":
+    if config.has_lance:
         write_lance(config.output)
     cut = sum(reasons.values()) - sum(without.values())
     return EncodeResult(str(config.output), texts, vectors, without, cut, texts - before, seconds)

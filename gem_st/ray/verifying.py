@@ -15,7 +15,7 @@ from ..files import read_json
 from ..hub.verifying import Check, Verification
 from .encoder import EMPTY, NULL, VECTOR, EncodeError, Encoder
 from .fingerprint import refuse_other
-from .parts import PART, Part, find_repeated, hash_all, hash_ids, read_ids, read_part, read_plan
+from .parts import PART, Part, find_repeated, hash_all, hash_ids, read_ids, read_part, read_plan, spread
 from .run import FINGERPRINT, REPORT, VECTORS
 
 SHOWN = 5
@@ -168,7 +168,7 @@ def check_sample(folder: Path, plan: Sequence[Part], encoder: Encoder, sample: i
     """Embed some texts again, of parts spread over the corpus, and compare."""
     worst, num = 0.0, 0
     files = files_of(folder)
-    chosen = files[:: max(1, len(files) // 8)][:8]
+    chosen = spread(files, 8)
     for file in chosen:
         stored = pq.read_table(file, columns=[encoder.id_column, VECTOR, PART])
         stored = stored.take(np.linspace(0, len(stored) - 1, min(len(stored), -(-sample // len(chosen)))).astype(int))
@@ -176,9 +176,11 @@ def check_sample(folder: Path, plan: Sequence[Part], encoder: Encoder, sample: i
         for part in set(stored[PART].to_pylist()):
             table = read_part(plan[part], [encoder.id_column, encoder.text_column])
             wanted = [row for row, value in enumerate(table[encoder.id_column].to_pylist()) if value in vectors]
-            again = encoder(table.take(wanted))
+            again = encoder(table.take(pa.array(wanted, pa.int64())))
             for value, vector in zip(*(again[name].to_pylist() for name in (encoder.id_column, VECTOR)), strict=True):
                 worst, num = max(worst, distance(vector, vectors[value], encoder.precision)), num + 1
+    if not num:
+        raise EncodeError("no text of the data has an id that is here")
     allowed = TOLERANCES[encoder.precision]
     if encoder.fingerprint["dtype"] != "float32":
         allowed = max(allowed, 0.05)

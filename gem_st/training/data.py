@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def load_source(
     subset: str | None = None,
     streaming: bool = False,
     token: str | None = None,
+    text_columns: Sequence[str] = (),
 ) -> Any:
     """Load a data set.
 
@@ -81,6 +82,8 @@ def load_source(
         subset: Configuration of a Hub data set that has several.
         streaming: Read it as it is trained on.
         token: Hub token.
+        text_columns: Columns of csv and tsv files that are text as it stands, digits and "NA" included; where there are
+            some, only nothing is null, in all columns.
 
     Returns:
         A Dataset, or an IterableDataset if ``streaming``.
@@ -107,6 +110,9 @@ def load_source(
     try:
         if path.is_file():
             builder, options = EXTENSIONS[_extension(path)]
+            if builder == "csv" and text_columns:
+                converters = dict.fromkeys(text_columns, str)
+                options = {**options, "converters": converters, "keep_default_na": False, "na_values": [""]}
             return load_dataset(builder, data_files=str(path), split=split, streaming=streaming, **options)
         name = str(path) if path.is_dir() else source
         return load_dataset(name, subset, split=split, streaming=streaming, token=token)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gem_st import hub
-from gem_st.ray.run import ENVIRONMENT
+from gem_st.ray.cluster import ENVIRONMENT
 
 from ..conftest import CORPUS
 

@@ -15,7 +15,7 @@ from sentence_transformers.util import quantize_embeddings
 
 from gem_st import hub
 from gem_st.ray import EncodeError, Encoder
-from gem_st.ray.encoder import convert, token_batches
+from gem_st.ray.encoder import PRECISIONS, convert, token_batches
 
 from ..conftest import CORPUS
 from .conftest import make_texts
@@ -129,6 +129,21 @@ def test_columns_that_are_asked_for_are_kept(checkpoint):
     assert Encoder(checkpoint)(arrays)["id"].to_pylist() == [0, 1]  # as Ray Data has it without batch_format
 
 
+def test_columns_that_are_asked_for_twice_are_there_once(checkpoint):
+    result = Encoder(checkpoint, columns=["year", "id", "year"])(table_of(["a b"], year=[1]))
+    assert result.column_names == ["id", "year", "vector"]
+
+
+def test_texts_are_cut_where_the_model_cuts_documents(checkpoint, tmp_path, monkeypatch):
+    encoder = Encoder(checkpoint, report=str(tmp_path / "reports"))
+    monkeypatch.setattr(encoder.model[0], "document_length", 5, raising=False)  # as stock modules have it
+    encoder(table_of([CORPUS[0]]), "7.jsonl")
+    assert [line["read"] for line in lines_of(tmp_path / "reports")] == [5]
+    monkeypatch.undo()
+    encoder(table_of([CORPUS[0]]), "7.jsonl")  # the same part, when its text is whole
+    assert not lines_of(tmp_path / "reports")
+
+
 def test_any_sentence_transformer_will_do(checkpoint, make_model, tmp_path):
     stock = hub.export(make_model(), tmp_path / "stock", format="stock") / "embedding"
     texts = make_texts(9)
@@ -181,10 +196,12 @@ def test_code_that_is_not_ours_is_not_run_without_being_asked(checkpoint, tmp_pa
         Encoder(checkpoint)
 
 
-def test_vectors_that_are_not_finite_stop_the_run_with_their_ids(checkpoint, monkeypatch):
-    encoder = Encoder(checkpoint)
-    monkeypatch.setattr(encoder, "_encode", lambda texts: np.full((len(texts), 32), np.nan, np.float32))
-    with pytest.raises(EncodeError, match=r"Vectors of 2 texts are not finite in float32, ids \[0, 2\]"):
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_vectors_that_are_not_finite_stop_the_run_with_their_ids(checkpoint, monkeypatch, precision, value):
+    encoder = Encoder(checkpoint, precision=precision, ranges=np.array([[-1.0] * 32, [1.0] * 32]))
+    monkeypatch.setattr(encoder, "_encode", lambda texts: np.full((len(texts), 32), value, np.float32))
+    with pytest.raises(EncodeError, match=rf"Vectors of 2 texts are not finite in {precision}, ids \[0, 2\]"):
         encoder(table_of([CORPUS[0], None, CORPUS[1]]))
 
 

@@ -18,6 +18,7 @@ from gem_st.ray.parts import (
     Columns,
     Part,
     Source,
+    check_cast,
     cut_groups,
     extend_plan,
     find_files,
@@ -26,6 +27,7 @@ from gem_st.ray.parts import (
     read_ids,
     read_part,
     read_plan,
+    spread,
     write_plan,
 )
 
@@ -40,7 +42,7 @@ def find(tmp_path):
     """Function that gives files of a corpus in parts of 10 rows, and their rows."""
 
     def run(source, columns=NAMES, split="train"):
-        files = find_files(Source(str(source), split), columns, 10, tmp_path / "input", lambda line: None)
+        files = find_files(Source(str(source), split=split), columns, 10, tmp_path / "input", lambda line: None)
         parts = make_parts(files, 10, None)
         return files, pa.concat_tables([read_part(part, columns.all) for part in parts])
 
@@ -108,19 +110,74 @@ def test_a_private_data_set_of_the_hub_is_read_with_the_token(python, tmp_path):
     write(tmp_path / "b.parquet", num=5)
     (tmp_path / "read.py").write_text(
         "import sys\nfrom pathlib import Path\nfrom gem_st.ray.parts import Columns, Source, find_files\n"
-        "source = Source('acme/corpus', sys.argv[1], sys.argv[2] if sys.argv[2:] else None)\n"
+        "source = Source('acme/corpus', sys.argv[1], 'test', sys.argv[2] if sys.argv[2:] else None)\n"
         "print(*find_files(source, Columns('text', 'id'), 10, Path('input'), lambda line: None))"
     )
     with HubServer({"hf_reader": ("alice", "read")}, orgs={"acme": ["alice"]}) as server:
-        names = {"data/train-0.parquet": "a.parquet", "data/test-0.parquet": "b.parquet"}
+        names = {"a/train-0.parquet": "a.parquet", "b/train-0.parquet": "a.parquet", "b/test-0.parquet": "b.parquet"}
         files = {there: (tmp_path / here).read_bytes() for there, here in names.items()}
-        server.seed("datasets/acme/corpus", files, private=True)
+        card = "---\nconfigs:\n" + "".join(f"- {{config_name: {name}, data_dir: {name}}}\n" for name in "ab") + "---\n"
+        server.seed("datasets/acme/corpus", {**files, "README.md": card.encode()}, private=True)
         env = server.env(tmp_path / "hf")
-        refused, read = (python.run("read.py", "test", *token, env=env, cwd=tmp_path) for token in ([], ["hf_reader"]))
+        refused, read = (python.run("read.py", "b", *token, env=env, cwd=tmp_path) for token in ([], ["hf_reader"]))
     assert read.returncode == 0, read.stderr
     table = pq.read_table(tmp_path / read.stdout.strip())
     assert table["text"].to_pylist() == make_texts(5)
     assert "'acme/corpus' cannot be read as a data set of the Hub" in refused.stderr
+
+
+def test_a_folder_is_all_of_its_files(tmp_path, find):
+    """Names such as train and test, and files of several kinds, do not choose among them."""
+    folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    for index, name in enumerate(["train.jsonl", "wiki.jsonl", "test.jsonl"]):
+        (folder / name).write_text(json.dumps({"id": f"{index}", "text": "a"}) + "\n")
+    (folder / "more.csv").write_text("id,text\n3,b\n")
+    pq.write_table(pa.table({"id": ["4"], "text": ["c"]}), elsewhere / "a.parquet")
+    pq.write_table(pa.table({"id": ["5"], "text": ["c"]}), folder / "b.PARQUET")
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    _, table = find(folder)
+    assert sorted(table["id"].to_pylist()) == ["0", "1", "2", "3", "4", "5"]
+    (folder / "NOTES.md").write_text("What this is.")
+    with pytest.raises(ValueError, match=r"NOTES\.md' is of no kind that can be read"):
+        find(folder)
+
+
+def test_ids_and_texts_of_csv_are_what_stands_there(tmp_path, find):
+    (tmp_path / "a.csv").write_text("id,text\n0071,NA\n2024-01-01,12\n")
+    _, table = find(tmp_path / "a.csv")
+    assert table.to_pylist() == [{"id": "0071", "text": "NA"}, {"id": "2024-01-01", "text": "12"}]
+
+
+def test_files_of_different_types_are_refused(tmp_path, find):
+    pq.write_table(pa.table({"id": [1], "text": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": ["1"], "text": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has columns \{'id': 'int64'\}, and .*b\.parquet has .*string"):
+        find(tmp_path)
+    check_cast("id", pa.int32(), pa.int64())
+    check_cast("id", pa.null(), pa.string())
+    with pytest.raises(ValueError, match="Column 'id' holds int64 first and string later"):
+        check_cast("id", pa.string(), pa.int64())
+
+
+def test_local_data_has_no_subsets_splits_or_saved_data_sets_inside(tmp_path, find):
+    write(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="without subsets and splits"):
+        find(tmp_path / "a.parquet", split="test")
+    Dataset.from_dict({"id": [1], "text": ["a"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"Name one of them, such as .*saved\."):
+        find(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no files"):
+        find(tmp_path / "empty")
+
+
+def test_what_is_spread_reaches_from_the_first_to_the_last():
+    assert spread(range(15), 8) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert spread(range(3), 8) == [0, 1, 2]
+    assert spread([], 8) == []
 
 
 def test_a_folder_of_parquet_leaves_hidden_files_out(tmp_path, find):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -22,17 +23,8 @@ from typer.testing import CliRunner
 from gem_st import __version__, hub
 from gem_st.cli import app
 from gem_st.ray import EncodeConfig, EncodeError, encode, preview, verify
-from gem_st.ray.run import (
-    SPARE_CPUS,
-    PartEncoder,
-    done_parts,
-    find_room,
-    first_error,
-    join_reports,
-    keep_quiet,
-    num_threads,
-    write_lance,
-)
+from gem_st.ray.cluster import SPARE_CPUS, default_actors, find_room, first_error, keep_quiet, num_threads
+from gem_st.ray.run import PartEncoder, done_parts, join_reports, write_lance
 
 from ..conftest import ROOT
 from ..snippets import run_snippet
@@ -233,6 +225,41 @@ def test_ids_that_come_twice_and_missing_columns_are_one_line_before_ray_starts(
 
 
 @pytest.mark.usefixtures("without_ray")
+def test_folders_that_would_be_taken_for_columns_are_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="take a folder 'group=1' for a column"):
+        encode(config(output=tmp_path / "group=1" / "out"), **QUIET)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_vectors_without_their_plan_are_not_appended_to(config):
+    output = write_output(config(limit=16))
+    before = rows_of(output)
+    shutil.rmtree(output / "work")
+    with pytest.raises(ValueError, match=r"plan\.parquet is gone"):
+        encode(config(limit=16), **QUIET)
+    assert rows_of(output).equals(before)
+
+
+@pytest.mark.usefixtures("without_actors")
+def test_a_lance_data_set_that_is_there_gets_the_new_rows(config, corpus, monkeypatch):
+    written = []
+    monkeypatch.setattr("gem_st.ray.run.write_lance", written.append)
+    monkeypatch.setattr("gem_st.ray.run.find_spec", lambda name: object())
+    output = write_output(config(limit=16))
+    encode(config(limit=16), **QUIET)
+    assert not written
+    (output / "vectors.lance").mkdir()
+    encode(config(limit=16), **QUIET)
+    assert written == [output]
+
+
+def test_another_folder_knows_the_checkpoint_by_its_whole_path(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config(checkpoint="checkpoint").encoder_options()["checkpoint"] == str(tmp_path / "checkpoint")
+    assert config(checkpoint="org/gem").encoder_options()["checkpoint"] == "org/gem"
+
+
+@pytest.mark.usefixtures("without_ray")
 def test_two_runs_do_not_write_to_one_folder(config):
     from filelock import FileLock
 
@@ -249,6 +276,7 @@ def test_lance_that_is_missing_names_its_pip_line(config, monkeypatch):
 
 
 def test_actors_that_find_no_room_are_refused_and_do_not_wait():
+    assert [default_actors(*given) for given in ((8, 1, 4), (8, 0.5, 4), (0, 0, 4), (0, 0, 0))] == [8, 16, 4, 1]
     assert find_room({"CPU": 5.0}, 2, None, is_local=True) == (2, 0.0)
     assert find_room({"CPU": 64.0, "GPU": 8.0}, None, None, is_local=False) == (8, 1.0)
     assert find_room({"CPU": 64.0, "GPU": 8.0}, None, 0.5, is_local=False) == (16, 0.5)
