@@ -122,9 +122,12 @@ def read_passages(path: Path) -> list[str]:
         passages = [str(json.loads(line)["text"]) for line in lines if line.strip()] or split_text(text)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Problem(f"{path} cannot be read: {error}. Give JSON lines with a field text, or plain text.") from error
+    passages = list(dict.fromkeys(passages))
     if not passages:
         raise Problem(f"{path} holds no passages.")
-    return list(dict.fromkeys(passages))
+    if len(passages) > MAX_PASSAGES:
+        raise Problem(f"{path} holds {len(passages)} passages, and there is room for {MAX_PASSAGES}. Give fewer.")
+    return passages
 
 
 # ---- the table
@@ -273,7 +276,7 @@ class Rag:
             if is_new or not self._is_synchronized:
                 known = await asyncio.to_thread(self._store.sources)
                 file = str(self.settings.passages)
-                wanted = dict.fromkeys(read_passages(self.settings.passages)[:MAX_PASSAGES], file)
+                wanted = dict.fromkeys(read_passages(self.settings.passages), file)
                 wanted |= {text: source for text, source in known.items() if source == PASTED and text not in wanted}
                 missing = wanted if is_new else {text: wanted[text] for text in wanted if text not in known}
                 keep: Callable[..., None] = self._store.add
@@ -315,11 +318,23 @@ class Rag:
     async def _embed_all(
         self, model: str, texts: dict[str, str], keep: Callable[[list[dict[str, Any]]], None]
     ) -> AsyncIterator[Event]:
-        """Embed passages, and keep them once all are."""
+        """Embed passages, and keep them once all are.
+
+        Raises:
+            Problem: If one is longer than the model reads.
+        """
         vectors: list[np.ndarray] = []
         todo = list(texts)
         for start in range(0, len(todo), BATCH):
-            vectors.extend(await self._embed(model, todo[start : start + BATCH], "document"))
+            batch = todo[start : start + BATCH]
+            try:
+                vectors.extend(await self._embed(model, batch, "document"))
+            except APIStatusError as error:
+                if error.status_code != 413:
+                    raise
+                place = re.search(r"input\.(\d+) has", str(error))
+                passage = batch[int(place[1]) if place else 0]
+                raise Problem(f"{explain(error, self.settings)} It is the passage: {passage[:80]}...") from error
             yield {"type": "indexing", "done": len(vectors), "total": len(todo)}
         await asyncio.to_thread(keep, make_rows(texts, np.array(vectors)))
 

@@ -39,18 +39,21 @@ class Reply(NamedTuple):
 
 
 def send(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
-    """Send bytes as they are, anything else as JSON; both are said to be."""
+    """Send bytes as they are, anything else as JSON; both are said to be, unless headers say otherwise."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    fields = headers or {}
+    if "content-type" not in map(str.lower, fields):
+        fields = {**AS_JSON, **fields}
     try:
         raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request(method, path, raw, {**AS_JSON, **(headers or {})})
+        connection.request(method, path, raw, fields)
         response = connection.getresponse()
         text = response.read()
     finally:
         connection.close()
-    fields = {name.lower(): value for name, value in response.getheaders()}
-    is_json = fields.get("content-type", "").startswith("application/json")
-    return Reply(response.status, fields, json.loads(text) if is_json else text.decode())
+    told = {name.lower(): value for name, value in response.getheaders()}
+    is_json = told.get("content-type", "").startswith("application/json")
+    return Reply(response.status, told, json.loads(text) if is_json else text.decode())
 
 
 class Served:

@@ -114,6 +114,18 @@ def test_the_table_is_kept_and_follows_the_file(rag, settings):
     assert texts == {CORPUS[0]: str(settings.passages), "New bread.": str(settings.passages), CORPUS[-1]: "pasted"}
 
 
+def test_a_passage_that_is_too_long_for_the_model_is_named_and_nothing_is_kept(rag, settings):
+    long = "The boat. " * 400
+    lines = settings.passages.read_text()
+    settings.passages.write_text(lines + json.dumps({"text": long}))
+    with asking(rag, settings) as ask:
+        refusal = ask(QUESTION)[-1]
+        assert "That is too long for the model" in refusal["message"]
+        assert f"It is the passage: {long[:80]}..." in refusal["message"]
+        settings.passages.write_text(lines)
+        assert ask(QUESTION)[-1]["type"] == "done"
+
+
 def test_vectors_of_another_model_are_refused_or_made_again(rag, frozen, full, settings):
     """Of the same name and dimension; the server may change while the app runs."""
     with asking(rag, settings) as ask:
@@ -237,7 +249,7 @@ def test_texts_are_cut_at_paragraphs_sentences_and_words(rag, monkeypatch):
     assert rag.split_text(" \n\n ") == []
 
 
-def test_files_of_passages_are_read_or_refused(rag, tmp_path):
+def test_files_of_passages_are_read_or_refused(rag, tmp_path, monkeypatch):
     assert len(rag.read_passages(rag.PASSAGES)) == 160
     (tmp_path / "plain.txt").write_text("One.\n\nTwo.\n\nOne.")
     assert rag.read_passages(tmp_path / "plain.txt") == ["One.", "Two."]
@@ -248,6 +260,9 @@ def test_files_of_passages_are_read_or_refused(rag, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(rag.Problem, match="holds no passages"):
         rag.read_passages(tmp_path / "empty.txt")
+    monkeypatch.setattr(rag, "MAX_PASSAGES", 1)
+    with pytest.raises(rag.Problem, match="holds 2 passages, and there is room for 1"):
+        rag.read_passages(tmp_path / "plain.txt")
 
 
 # ---- the page
