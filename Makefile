@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo cards test test-fast test-newest test-floor constraints compatibility test-engines test-clients test-corpus test-docker test-neighbours lint audit clean
+.PHONY: help setup demo cards test test-fast test-newest test-floor constraints compatibility test-engines test-clients test-docker test-neighbours lint audit clean
 
 # $(call install,ENVIRONMENT,CONSTRAINTS,REQUIREMENTS): what builds the package is installed like all else, not fetched apart.
 define install
@@ -94,9 +94,6 @@ test-clients: ## Run the lines of docs/integrations.md, with the clients that `m
 	$(call install,.venv-clients,--constraint constraints.txt)
 	.venv-clients/bin/pip install --quiet --constraint constraints.txt $(CLIENTS)
 	OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest tests/test_clients.py tests/serving/test_clients.py
-
-test-corpus: setup ## Run the tests of `gem-st encode` with the one that `make test` leaves out: a killed driver, twice (4 minutes)
-	GEM_ST_KILL_RAY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ray
 
 test-docker: ## Run the Dockerfile's steps without Docker, and its server (TORCH_INDEX= for PyPI's torch; minutes)
 	$(PYTHON) .ci/dockerfile.py

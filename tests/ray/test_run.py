@@ -147,7 +147,6 @@ def killing_an_actor(settings, wanted: int) -> Iterator[list[int]]:
         thread.join()
 
 
-@pytest.mark.skipif("GEM_ST_KILL_RAY" not in os.environ, reason="two minutes: run by `make test-corpus`")
 def test_a_run_whose_driver_is_killed_twice_and_an_actor_once_gives_the_same_bits(
     started_ray, config, python, environment, tmp_path
 ):
