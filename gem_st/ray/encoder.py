@@ -169,8 +169,8 @@ class Encoder:
 
     def _embed(self, texts: list[str], lengths: list[int]) -> np.ndarray:
         """Vectors of texts as the model gives them. Shape: ``(N, D)``"""
-        parts, order = [], []
-        for batch in token_batches([int(min(length, self.num_places)) for length in lengths], self.batch_tokens):
+        parts, order, most = [], [], self.num_places
+        for batch in token_batches([int(min(length, most)) for length in lengths], self.batch_tokens):
             parts.append(self._encode([texts[row] for row in batch]))
             order += batch
         if not parts:

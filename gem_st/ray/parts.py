@@ -135,9 +135,9 @@ def types_of(file: Path, columns: Columns) -> dict[str, str]:
 
 def check_types(files: Sequence[Path], columns: Columns) -> None:
     """Raise ValueError if files cannot be one table."""
-    for file in files:
-        first, other = types_of(files[0], columns), types_of(file, columns)
-        if first != other:
+    first = types_of(files[0], columns)
+    for file in files[1:]:
+        if (other := types_of(file, columns)) != first:
             raise ValueError(f"{files[0]} has columns {first}, and {file} has {other}. Bring them to the same types.")
 
 
