@@ -57,6 +57,11 @@ def test_importing_the_package_imports_no_torch():
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def test_the_run_of_a_corpus_imports_no_torch_which_its_actors_import_meanwhile():
+    done = run_python(f"import sys, gem_st.ray.run\nprint(sorted({HEAVY} & sys.modules.keys()))")
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
 def test_packages_that_are_not_used_keep_quiet():
     code = "import gem_st\nprint(gem_st.GemLoss.__name__)\nimport peft"
     done = run_python(code)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy
 
 if TYPE_CHECKING:
-    from .encoder import EncodeError, Encoder
-    from .run import EncodeConfig, EncodeResult, encode, preview
+    from .config import EncodeConfig
+    from .encoder import Encoder
+    from .errors import EncodeError
+    from .run import EncodeResult, encode, preview
     from .verifying import verify
 
 __all__ = ["EncodeConfig", "EncodeError", "EncodeResult", "Encoder", "encode", "preview", "verify"]
@@ -23,8 +25,10 @@ if find_spec("pyarrow") is None:
 __getattr__ = lazy(
     __name__,
     {
-        "ray.encoder": ("EncodeError", "Encoder"),
-        "ray.run": ("EncodeConfig", "EncodeResult", "encode", "preview"),
+        "ray.config": ("EncodeConfig",),
+        "ray.encoder": ("Encoder",),
+        "ray.errors": ("EncodeError",),
+        "ray.run": ("EncodeResult", "encode", "preview"),
         "ray.verifying": ("verify",),
     },
 )

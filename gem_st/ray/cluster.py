@@ -1,17 +1,12 @@
-"""Ray for a run: started on this machine or joined, with room for the actors; and what it raises, in plain words."""
+"""Ray for a run: started on this machine or joined, with room for the actors."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import torch
-
-from .encoder import EncodeError
 
 SPARE_CPUS = 3
 """Logical CPUs beside those of the actors: Ray Data reads the plan, filters it and writes in tasks of one each."""
@@ -20,7 +15,6 @@ STORE_BYTES = 2**28
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_worker_niceness": "0"}
 """What a run sets unless it is set: nothing is reported, little is logged, and actors have the priority of the command;
 Ray's own 15 would have them give way to all else on the machine."""
-ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Invalid|Interrupt))(?:: (.*))?$", re.MULTILINE)
 
 
 @contextmanager
@@ -43,8 +37,7 @@ def running_ray(
     if is_ours:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
-            gpus, others = torch.cuda.device_count(), (os.cpu_count() or 1) // 4
-            wanted = num_actors or default_actors(gpus, share_of(gpus, gpus_per_actor), others)
+            wanted = num_actors or count_actors(gpus_per_actor)
             options |= {"num_cpus": wanted + SPARE_CPUS, "include_dashboard": False}
             options["object_store_memory"] = STORE_BYTES * (1 + wanted)
         ray.init(address=address or "local", **options)
@@ -53,6 +46,14 @@ def running_ray(
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def count_actors(gpus_per_actor: float | None) -> int:
+    """Actors of this machine, if nothing else is asked for."""
+    import torch  # which the command does without, if it is told how many
+
+    gpus = torch.cuda.device_count()
+    return default_actors(gpus, share_of(gpus, gpus_per_actor), (os.cpu_count() or 1) // 4)
 
 
 def keep_quiet() -> None:
@@ -102,29 +103,3 @@ def find_room(
 def num_threads(num_actors: int, address: str | None) -> int | None:
     """Threads of an actor: its share of this machine; on a cluster what Ray gives it."""
     return None if address else max(1, (os.cpu_count() or 1) // num_actors)
-
-
-def first_error(error: BaseException) -> Exception:
-    """The error that an actor or a task met, found in the text in which Ray brings it."""
-    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
-    if "No space left on device" in text or "Errno 28" in text:
-        return OSError("The disk is full. What was written stays: free some space, and the same command goes on.")
-    lines = [line for line in ERROR_LINE.finditer(text) if line[2]]
-    # The last of ours, which says most, or else the first, which caused the others.
-    found = next((line for line in reversed(lines) if line[1] == EncodeError.__name__), lines[0] if lines else None)
-    if found is None:
-        return RuntimeError(f"{type(error).__name__}: {' '.join(text.split())[-500:]}")
-    name, message = found[1], found[2]
-    known = {"EncodeError": EncodeError, "ValueError": ValueError, "OSError": OSError, "ImportError": ImportError}
-    return known[name](message) if name in known else RuntimeError(f"{name}: {message}")
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """What Ray raises, as what caused it."""
-    from ray.exceptions import RayError
-
-    try:
-        yield
-    except RayError as error:
-        raise first_error(error) from error

@@ -20,20 +20,15 @@ from ..files import read_json, write_text
 from ..finding import find_gem
 from ..hub.layout import REFERENCE_FILES
 from ..hub.loading import fetch, load_any
-from .fingerprint import describe_dtypes, describe_model, document_prompt, refuse_other
+from .config import BATCH_TOKENS, EMPTY, NULL, TOO_LONG, check_options
+from .errors import EncodeError
+from .fingerprint import describe_dtypes, describe_model, document_prompt
+from .parts import VECTOR, is_text
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("float32", "float16", "int8", "binary")
-VECTOR = "vector"
-BATCH_TOKENS = 8192
 OTHER_DTYPE = 0.25
 """Relative error allowed of reference vectors in another data type than theirs; those of another model have 1."""
-NULL, EMPTY, TOO_LONG = "null", "empty", "too long"
-
-
-class EncodeError(ValueError):
-    """What stops a run; its message is one line, which finds its way out of an actor."""
 
 
 class Encoder:
@@ -57,7 +52,6 @@ class Encoder:
         ranges: Least and largest value of each element, which int8 needs. Shape: ``(2, D)``
         batch_tokens: Tokens of a batch; a longer text is a batch of its own.
         report: Folder for what is to be known of texts: which have no vector, and which were cut.
-        expected: A fingerprint that the checkpoint must have, see :func:`gem_st.ray.fingerprint.describe_model`.
         num_threads: Threads of torch; by default those that it has.
         dtype: Data type to load in.
         device: Where to run; by default an accelerator if there is one.
@@ -66,7 +60,7 @@ class Encoder:
         trust_remote_code: Run code of the checkpoint that is not this gem_st's.
 
     Raises:
-        EncodeError: If the checkpoint does not give its reference vectors, or has another fingerprint.
+        EncodeError: If the checkpoint does not give its reference vectors.
         ValueError: If an option is none of these, or the checkpoint's code is not trusted.
         OSError: If the checkpoint cannot be reached.
     """
@@ -84,7 +78,6 @@ class Encoder:
         ranges: Any = None,
         batch_tokens: int = BATCH_TOKENS,
         report: str | None = None,
-        expected: dict[str, Any] | None = None,
         num_threads: int | None = None,
         dtype: str = "auto",
         device: str | None = None,
@@ -110,8 +103,6 @@ class Encoder:
         self.fingerprint = describe_model(
             self.model, prompt_name=prompt_name, precision=precision, truncate_dim=truncate_dim
         )
-        if expected is not None:
-            refuse_other(checkpoint, "this run", expected, self.fingerprint, EncodeError)
 
     def __call__(self, batch: Any, report_name: str | None = None) -> pa.Table:
         """Embed the texts of a table.
@@ -213,19 +204,6 @@ class Encoder:
             write_text(path, content)
         else:
             path.unlink(missing_ok=True)
-
-
-def check_options(precision: str, batch_tokens: int, truncate_dim: int | None) -> None:
-    """Raise ValueError if an option is out of its range."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
-    if batch_tokens < 1 or (truncate_dim is not None and truncate_dim < 1):
-        raise ValueError(f"batch_tokens and truncate_dim must be 1 or more, got {batch_tokens} and {truncate_dim}.")
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """True for columns of text."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 @torch.inference_mode()

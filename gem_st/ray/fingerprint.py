@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, cast
 
 from sentence_transformers import SentenceTransformer
@@ -71,31 +71,3 @@ def _digest(settings: Any) -> str:
     digest = hashlib.sha256()
     update_settings(digest, settings)
     return digest.hexdigest()[:16]
-
-
-def refuse_other(
-    name: str,
-    where: str,
-    there: Mapping[str, Any],
-    now: Mapping[str, Any],
-    error: Callable[[str], Exception] = ValueError,
-) -> None:
-    """Raise if two fingerprints differ, with what differs of both.
-
-    Args:
-        name: What the second is of.
-        where: What the first is of.
-        there: The first.
-        now: The second.
-        error: What to raise.
-    """
-    differences = [
-        f"{key} {there.get(key)!r} there, {now.get(key)!r} now"
-        for key in dict.fromkeys([*there, *now])
-        if there.get(key) != now.get(key)
-    ]
-    if differences:
-        raise error(
-            f"{name} does not give the vectors of {where}: {'; '.join(differences)}. Vectors of two models cannot be "
-            "compared: choose another --output, or what was used there."
-        )

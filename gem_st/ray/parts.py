@@ -20,10 +20,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..training.data import load_source
-from .encoder import VECTOR, EncodeError, is_text
+from .errors import EncodeError
 
-PART = "part"
+PART, VECTOR = "part", "vector"
 SAVED = "state.json"
 """What is in the folder of a data set that `datasets` saved."""
 LARGE_GROUPS = 8
@@ -133,6 +132,11 @@ def types_of(file: Path, columns: Columns) -> dict[str, str]:
     return {name: str(schema.field(name).type) for name in (columns.id, *columns.others)}
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """True for columns of text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def check_types(files: Sequence[Path], columns: Columns) -> None:
     """Raise ValueError if files cannot be one table."""
     first = types_of(files[0], columns)
@@ -211,6 +215,8 @@ def read_tables(source: Source, files: Sequence[Path], columns: Columns, num_row
             for batch in opened.iter_batches(num_rows, columns=columns.all):
                 yield pa.Table.from_batches([batch])
         return
+    from ..training.data import load_source  # which imports torch
+
     try:
         options: dict[str, Any] = {"subset": source.subset, "split": source.split, "token": source.token}
         rows = load_source(source.name, streaming=True, text_columns=(columns.id, columns.text), **options)

@@ -11,26 +11,21 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from ..files import read_json, write_json
-from ..training.measures import describe_versions
-from .cluster import num_threads, plain_errors, running_ray
-from .encoder import BATCH_TOKENS, EMPTY, NULL, EncodeError, Encoder, check_options
-from .fingerprint import describe_model, refuse_other
+from ..files import read_json
+from .cluster import num_threads, running_ray
+from .config import EMPTY, FINGERPRINT, LANCE, NULL, REPORT, VECTORS, EncodeConfig
+from .errors import EncodeError, plain_errors
 from .parts import (
     PART,
-    Columns,
     Part,
     Source,
     extend_plan,
@@ -44,101 +39,11 @@ from .parts import (
     types_of,
     write_plan,
 )
+from .settling import settle
+from .workers import PartEncoder, look_at
 
-ROWS_PER_PART = 2048
 FILTER_BYTES = 2**28
-SAMPLE_PARTS, SAMPLE_TEXTS = 8, 256
-VECTORS, LANCE, REPORT, FINGERPRINT = "vectors", "vectors.lance", "report.jsonl", "fingerprint.json"
-
-
-@dataclass
-class EncodeConfig:
-    """Settings of a run.
-
-    Attributes:
-        checkpoint: Folder or Hub id of a model.
-        data: A parquet, jsonl or csv file, a folder of such files, or the Hub id of a data set.
-        output: Folder of the vectors, which every machine must see.
-        subset: Configuration of a data set of the Hub that has several.
-        split: Split of a data set.
-        columns: Columns to keep beside id and vector.
-        format: ``"parquet"``, or ``"lance"`` for a Lance data set beside it.
-        rows_per_part: Texts that are read, embedded and written as one.
-        limit: Texts to embed, from the first.
-        num_actors: Copies of the model; by default one for each GPU; without any, one for four CPUs of this machine,
-            or for each CPU of a cluster but three.
-        gpus_per_actor: By default 1 where there are GPUs.
-        address: Of a cluster; by default Ray is started here, and ends with the run.
-        token: Hub token.
-
-    The others are those of :class:`gem_st.ray.Encoder`.
-    """
-
-    checkpoint: str
-    data: str
-    output: Path
-    subset: str | None = None
-    split: str = "train"
-    text_column: str = "text"
-    id_column: str = "id"
-    columns: tuple[str, ...] = ()
-    prompt_name: str | None = None
-    precision: str = "float32"
-    truncate_dim: int | None = None
-    batch_tokens: int = BATCH_TOKENS
-    format: str = "parquet"
-    rows_per_part: int = ROWS_PER_PART
-    limit: int | None = None
-    num_actors: int | None = None
-    gpus_per_actor: float | None = None
-    address: str | None = None
-    dtype: str = "auto"
-    revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-    trust_remote_code: bool = False
-
-    def check(self) -> None:
-        """Raise ValueError or ImportError if something is out of range or not installed."""
-        check_options(self.precision, self.batch_tokens, self.truncate_dim)
-        if self.format not in ("parquet", "lance"):
-            raise ValueError(f"format must be 'parquet' or 'lance', got {self.format!r}.")
-        for name in ("rows_per_part", "limit", "num_actors"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}.")
-        if find_spec("ray") is None:
-            raise ImportError("ray is not installed: pip install 'gem-st[ray]'")
-        if self.has_lance and find_spec("lance") is None:
-            raise ImportError("A Lance data set needs the package pylance: pip install 'gem-st[lance]'")
-        if named := [name for name in self.output.resolve().parts if "=" in name]:
-            raise ValueError(
-                f"Readers of parquet take a folder {named[0]!r} for a column and its value. Choose another --output."
-            )
-
-    @property
-    def has_lance(self) -> bool:
-        """True if there is to be a Lance data set, or is one, which would be without the new rows."""
-        return self.format == "lance" or (self.output / LANCE).exists()
-
-    @property
-    def place(self) -> str:
-        """The checkpoint, under the name that other machines and folders know it by."""
-        return str(Path(self.checkpoint).resolve()) if Path(self.checkpoint).is_dir() else str(self.checkpoint)
-
-    @property
-    def names(self) -> Columns:
-        """The columns that are read."""
-        return Columns(self.text_column, self.id_column, self.columns)
-
-    @property
-    def work(self) -> Path:
-        """Folder of what a run needs to go on: the plan, Ray's checkpoint, copies of data."""
-        return self.output / "work"
-
-    def encoder_options(self) -> dict[str, Any]:
-        """Arguments of :class:`Encoder`."""
-        same = ["text_column", "id_column", "columns", "prompt_name", "precision", "truncate_dim", "batch_tokens"]
-        same += ["dtype", "revision", "token", "trust_remote_code"]
-        return {"checkpoint": self.place, **{name: getattr(self, name) for name in same}}
+SAMPLE_PARTS, SAMPLE_TEXTS, CALIBRATION_TEXTS = 8, 256, 1024
 
 
 @dataclass(frozen=True)
@@ -170,54 +75,11 @@ class EncodeResult:
         )
 
 
-class PartEncoder:
-    """An Encoder of parts, loaded with the first one, so that what is wrong with it is an error of that task."""
-
-    def __init__(self, names: list[str], **options: Any) -> None:
-        self.names, self.options = names, options
-        self.encoder: Encoder | None = None
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Read and embed a part, given as a table of one row."""
-        if self.encoder is None:
-            self.encoder = Encoder(**self.options)
-        part = Part(**batch.to_pylist()[0])
-        try:
-            result = self.encoder(read_part(part, self.names), f"{part.part}.jsonl")
-        except EncodeError as error:
-            raise EncodeError(f"Part {part.part}: {error}") from error
-        return result.append_column(PART, pa.array([part.part] * len(result), pa.int64()))
-
-
-def look_at(options: dict[str, Any], texts: list[str]) -> dict[str, Any]:
-    """Load a checkpoint where the actors will; its fingerprint, ranges for int8, and what a sample costs."""
-    import resource
-
-    encoder = Encoder(**{**options, "precision": "float32"})
-    names = ("prompt_name", "precision", "truncate_dim")
-    facts: dict[str, Any] = {"fingerprint": describe_model(encoder.model, **{name: options[name] for name in names})}
-    if texts:
-        lengths = encoder.count_tokens(texts)
-        encoder.embed(texts[:8])
-        start = time.perf_counter()
-        vectors = encoder.embed(texts, lengths)
-        if not np.isfinite(vectors).all():
-            raise EncodeError(f"Vectors of a sample of {len(texts)} texts are not all finite. Choose another dtype.")
-        facts |= {"seconds": time.perf_counter() - start, "tokens": sum(lengths), "texts": len(texts)}
-        facts["ranges"] = [vectors.min(axis=0).tolist(), vectors.max(axis=0).tolist()]
-        facts["width"] = vectors.shape[1]
-    weights = sum(value.numel() * value.element_size() for value in encoder.model.state_dict().values())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**facts, "weights_bytes": weights, "peak_bytes": peak}
-
-
-def look(config: EncodeConfig, share: float, threads: int | None, texts: list[str]) -> dict[str, Any]:
-    """:func:`look_at`; in a worker where there are GPUs or other machines."""
+def look(config: EncodeConfig, num_actors: int, share: float, texts: list[str]) -> dict[str, Any]:
+    """:func:`gem_st.ray.workers.look_at`, in a worker."""
     import ray
 
-    options = {**config.encoder_options(), "num_threads": threads}
-    if not share and config.address is None:
-        return look_at(options, texts)
+    options = {**config.encoder_options(), "num_threads": num_threads(num_actors, config.address)}
     with plain_errors():
         return ray.get(ray.remote(look_at).options(num_gpus=share, max_retries=0).remote(options, texts))
 
@@ -228,12 +90,13 @@ def look(config: EncodeConfig, share: float, threads: int | None, texts: list[st
 
 def make_plan(config: EncodeConfig, say: Callable[[str], object]) -> tuple[list[Part], list[Part]]:
     """Parts that the output is planned with already, and those with what there is now."""
-    known, vectors = read_plan(config.work / "plan.parquet"), config.output / VECTORS
-    if not known and vectors.is_dir() and any(vectors.iterdir()):
+    vectors, needed = config.output / VECTORS, (config.work / "plan.parquet", config.output / FINGERPRINT)
+    missing = [path for path in needed if not path.exists()]
+    if missing and vectors.is_dir() and any(vectors.iterdir()):
         raise ValueError(
-            f"{vectors} has files, but nothing says of which texts: {config.work / 'plan.parquet'} is gone. Choose "
-            "another --output."
+            f"{vectors} has files, but nothing says of what: {missing[0]} is gone. Choose another --output."
         )
+    known = [] if missing else read_plan(needed[0])
     source = Source(config.data, config.subset, config.split, config.token)
     files = find_files(source, config.names, config.rows_per_part, config.work / "input", say)
     plan = extend_plan(known, make_parts(files, config.rows_per_part, config.limit))
@@ -279,54 +142,48 @@ def encode(config: EncodeConfig, *, say: Callable[[str], object] = print, shows_
     config.check()
     with only_run(config):
         known, plan = make_plan(config, say)
+        note, before = make_note(config, plan), count_done(config.work / "done", plan)
+        left = len(plan) - len(done_parts(config.work / "done"))
         with running_ray(config.address, config.num_actors, config.gpus_per_actor) as (num_actors, share):
-            threads = num_threads(num_actors, config.address)
-            ranges = _settle(config, plan, share, threads)
+            calibrates = config.precision == "int8" and note["ranges"] is None
+            if (
+                calibrates or not left or 0 < len(known) < len(plan)
+            ):  # before the plan grows; else the first actor does it
+                texts = sample_texts(plan, config.text_column, CALIBRATION_TEXTS) if calibrates else []
+                found = look(config, num_actors, share, texts)
+                note["ranges"] = found["ranges"] if calibrates else note["ranges"]
+                settle(config.output, note, found["facts"])
             if len(plan) > len(known):
                 write_plan(config.work / "plan.parquet", plan)
-            options = {**config.encoder_options(), "ranges": ranges, "num_threads": threads}
-            options["expected"] = read_json(config.output / FINGERPRINT)["fingerprint"]
-            options["report"] = str((config.work / "reports").resolve())
-            start, before = time.monotonic(), count_done(config.work / "done", plan)
-            left = len(plan) - len(done_parts(config.work / "done"))
+            start = time.monotonic()
             with plain_errors(), progress_of(config, plan, shows_progress):
                 if left:
-                    write_parts(config, options, min(num_actors, left), share)
+                    write_parts(config, note, min(num_actors, left), num_threads(num_actors, config.address), share)
+        for line in read_json(config.output / FINGERPRINT)["warnings"]:
+            say(line)
         return _finish(config, plan, before, time.monotonic() - start)
 
 
-def _settle(config: EncodeConfig, plan: list[Part], share: float, threads: int | None) -> Any:
-    """Compare with the fingerprint beside the vectors, or write it; returns ranges for int8."""
-    path = config.output / FINGERPRINT
-    noted = read_json(path) if path.exists() else None
-    vectors = config.output / VECTORS
-    if noted is None and vectors.is_dir() and any(vectors.iterdir()):
-        raise ValueError(f"{vectors} has files, but no {FINGERPRINT} says what they are. Choose another --output.")
-    calibrates = config.precision == "int8" and noted is None
-    facts = look(config, share, threads, sample_texts(plan, config.text_column, 1024) if calibrates else [])
+def make_note(config: EncodeConfig, plan: list[Part]) -> dict[str, Any]:
+    """How a run is asked for, with the ranges that an output has already."""
     columns: dict[str, Any] = {"text": config.text_column, "id": config.id_column, "others": list(config.columns)}
     columns["types"] = types_of(Path(plan[-1].file), config.names)
-    settings = {**facts["fingerprint"], "columns": columns}
-    if noted is not None:
-        refuse_other(
-            config.checkpoint, str(config.output), {**noted["fingerprint"], "columns": noted["columns"]}, settings
-        )
-        return noted["ranges"]
-    source = {"checkpoint": config.place, "revision": config.revision, "dtype": config.dtype}
-    options = {"prompt_name": config.prompt_name, "truncate_dim": config.truncate_dim}
-    ranges = facts["ranges"] if calibrates else None
-    found = {"fingerprint": facts["fingerprint"], "columns": columns, **source, **options, "ranges": ranges}
-    write_json(path, {**found, "versions": describe_versions("ray", "pyarrow")})
-    return ranges
+    path = config.output / FINGERPRINT
+    ranges = read_json(path)["ranges"] if path.exists() else None
+    same = {name: getattr(config, name) for name in ("revision", "dtype", "prompt_name", "truncate_dim")}
+    return {"columns": columns, "checkpoint": config.place, **same, "ranges": ranges}
 
 
-def write_parts(config: EncodeConfig, options: dict[str, Any], num_actors: int, share: float) -> None:
+def write_parts(config: EncodeConfig, note: dict[str, Any], num_actors: int, threads: int | None, share: float) -> None:
     """The pipeline: plan, checkpoint, actors, files."""
     import ray
     from ray.data.checkpoint import CheckpointConfig
 
     from .unique import UniquePartManager
 
+    options: dict[str, Any] = {"names": config.names.all, "output": str(config.output.resolve()), "note": note}
+    options |= {**config.encoder_options(), "ranges": note["ranges"], "num_threads": threads}
+    options["report"] = str((config.work / "reports").resolve())
     checkpoint = CheckpointConfig(
         id_column=PART,
         checkpoint_path=str((config.work / "done").resolve()),
@@ -343,7 +200,7 @@ def write_parts(config: EncodeConfig, options: dict[str, Any], num_actors: int, 
         rows = ray.data.read_parquet(str((config.work / "plan.parquet").resolve()))
         rows.repartition(target_num_rows_per_block=1).map_batches(
             PartEncoder,
-            fn_constructor_kwargs={"names": config.names.all, **options},
+            fn_constructor_kwargs=options,
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=num_actors),
@@ -473,10 +330,12 @@ def preview(config: EncodeConfig, *, say: Callable[[str], object] = print) -> di
         _, plan = make_plan(config, say)
         done = count_done(config.work / "done", plan)
         with running_ray(config.address, config.num_actors, config.gpus_per_actor) as (num_actors, share):
-            threads = num_threads(num_actors, config.address)
-            facts = look(config, share, threads, sample_texts(plan, config.text_column))
+            found = look(config, num_actors, share, sample_texts(plan, config.text_column))
+    for line in found["facts"]["warnings"]:
+        say(line)
+    threads = num_threads(num_actors, config.address)
     texts = sum(part.num_rows for part in plan)
-    rate = facts["texts"] / facts["seconds"]
+    rate = found["texts"] / found["seconds"]
     sizes = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 1 / 8}
     seconds = (texts - done) / (rate * num_actors)
     mib = 2**20
@@ -485,12 +344,12 @@ def preview(config: EncodeConfig, *, say: Callable[[str], object] = print) -> di
         "of which are done": done,
         "parts": len(plan),
         "actors": f"{num_actors}, {share:g} GPUs and {threads or 'as Ray gives'} threads each",
-        "fingerprint": facts["fingerprint"],
-        "sample": f"{facts['texts']} texts of {facts['tokens'] / facts['texts']:.0f} tokens on average",
+        "fingerprint": found["facts"]["fingerprint"],
+        "sample": f"{found['texts']} texts of {found['tokens'] / found['texts']:.0f} tokens on average",
         "texts/s, one actor": round(rate, 1),
-        "tokens/s, one actor": round(facts["tokens"] / facts["seconds"]),
+        "tokens/s, one actor": round(found["tokens"] / found["seconds"]),
         "hours": round(seconds / 3600, 3),
-        "MiB of weights, each actor": round(facts["weights_bytes"] / mib),
-        "MiB of memory, each actor": round(facts["peak_bytes"] / mib),
-        "MiB of vectors": round(texts * facts["width"] * sizes[config.precision] / mib),
+        "MiB of weights, each actor": round(found["weights_bytes"] / mib),
+        "MiB of memory, each actor": round(found["peak_bytes"] / mib),
+        "MiB of vectors": round(texts * found["width"] * sizes[config.precision] / mib),
     }

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 
 from ..files import read_json
 from ..hub.verifying import Check, Verification
-from .encoder import EMPTY, NULL, VECTOR, EncodeError, Encoder
-from .fingerprint import refuse_other
-from .parts import PART, Part, find_repeated, hash_all, hash_ids, read_ids, read_part, read_plan, spread
-from .run import FINGERPRINT, REPORT, VECTORS
+from .config import EMPTY, FINGERPRINT, NULL, REPORT, VECTORS
+from .encoder import Encoder
+from .errors import EncodeError
+from .parts import PART, VECTOR, Part, find_repeated, hash_all, hash_ids, read_ids, read_part, read_plan, spread
+from .settling import refuse_other
 
 SHOWN = 5
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "int8": 0.05, "binary": 0.3}
@@ -155,7 +156,7 @@ def check_model(
         return [Check("fingerprint", False, " ".join(str(error).split())), Check("sample", None, "no model")]
 
     def compare() -> str:
-        refuse_other(noted["checkpoint"], str(folder), noted["fingerprint"], encoder.fingerprint, EncodeError)
+        refuse_other(noted["checkpoint"], str(folder), noted["fingerprint"], encoder.fingerprint)
         return f"weights {encoder.fingerprint['weights']}, gem_st {encoder.fingerprint['gem_st']}"
 
     return [

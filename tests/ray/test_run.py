@@ -18,13 +18,18 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import RayTaskError
 from typer.testing import CliRunner
 
 from gem_st import __version__, hub
 from gem_st.cli import app
 from gem_st.ray import EncodeConfig, EncodeError, encode, preview, verify
-from gem_st.ray.cluster import SPARE_CPUS, default_actors, find_room, first_error, keep_quiet, num_threads
-from gem_st.ray.run import PartEncoder, done_parts, join_reports, write_lance
+from gem_st.ray.cluster import SPARE_CPUS, default_actors, find_room, keep_quiet, num_threads
+from gem_st.ray.config import VECTORS
+from gem_st.ray.errors import first_error
+from gem_st.ray.parts import read_plan
+from gem_st.ray.run import done_parts, join_reports, make_note, make_plan, write_lance, write_plan
+from gem_st.ray.workers import PartEncoder, look_at
 
 from ..conftest import ROOT
 from ..snippets import run_snippet
@@ -73,7 +78,11 @@ def without_actors(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("Parts were given to actors")
 
+    def look(config, num_actors, share, texts):
+        return look_at({**config.encoder_options(), "num_threads": num_threads(num_actors, None)}, texts)
+
     monkeypatch.setattr("gem_st.ray.run.running_ray", room)
+    monkeypatch.setattr("gem_st.ray.run.look", look)
     monkeypatch.setattr("gem_st.ray.run.write_parts", fail)
 
 
@@ -89,11 +98,15 @@ def rows_of(folder) -> pa.Table:
 
 def expected_rows(config) -> pa.Table:
     """What the parts give in this process, which is what an uninterrupted run writes."""
-    ranges = json.loads((config.output / "fingerprint.json").read_text())["ranges"]
-    options = {**config.encoder_options(), "ranges": ranges, "num_threads": num_threads(config.num_actors, None)}
-    encoder = PartEncoder(config.names.all, **options)
-    plan = pq.read_table(config.work / "plan.parquet")
+    encoder, plan = make_actor(config), pq.read_table(config.work / "plan.parquet")
     return pa.concat_tables([encoder(plan.slice(row, 1)) for row in range(len(plan))]).sort_by("id")
+
+
+def make_actor(config, **changes) -> PartEncoder:
+    """What a run hands the parts to, in this process."""
+    note = make_note(config, read_plan(config.work / "plan.parquet")) | changes
+    options = {**config.encoder_options(), "num_threads": num_threads(config.num_actors, None)}
+    return PartEncoder(config.names.all, str(config.output), note, **options, ranges=note["ranges"])
 
 
 def workers_of(process: psutil.Process, title: str = "ray::") -> list[psutil.Process]:
@@ -150,7 +163,7 @@ def killing_an_actor(settings, wanted: int) -> Iterator[list[int]]:
 def test_a_run_whose_driver_is_killed_twice_and_an_actor_once_gives_the_same_bits(
     started_ray, config, python, environment, tmp_path
 ):
-    """And what goes with it: columns, the fingerprint, `verify`, and a run that finds all done."""
+    """And what goes with it: columns, the fingerprint, `verify`."""
     settings, done = config(columns=("year",)), set()
     (tmp_path / "driver.py").write_text(DRIVER)
     options = ["--rows-per-part", 16, "--num-actors", 1, "--batch-tokens", 512, "--columns", "year"]
@@ -175,8 +188,6 @@ def test_a_run_whose_driver_is_killed_twice_and_an_actor_once_gives_the_same_bit
     assert (noted["fingerprint"]["gem_st"], noted["fingerprint"]["dimension"]) == (__version__, 32)
     checked = verify(settings.output)
     assert checked.passed, checked
-    assert encode(settings, **QUIET).new == 0
-    assert rows_of(settings.output).equals(rows)
 
 
 # ---- what is refused
@@ -199,6 +210,40 @@ def test_vectors_of_another_model_are_not_appended(config, make_model, tmp_path)
         with pytest.raises(ValueError, match=word):
             encode(config(**{**options, **changed}), **QUIET)
     assert rows_of(output).equals(before)
+
+
+def test_an_actor_of_another_model_writes_nothing_beside_the_vectors(config, checkpoint, make_model, tmp_path):
+    """The first one notes what they are of; one that is started later, on another machine say, compares."""
+    settings = config(limit=32)
+    output = write_output(settings)
+    noted, plan = (output / "fingerprint.json").read_text(), pq.read_table(settings.work / "plan.parquet")
+    assert json.loads(noted)["warnings"] == []
+    shutil.rmtree(checkpoint)
+    hub.export(make_model(freeze_base=True, num_gem_tokens=1), checkpoint)
+    with pytest.raises(EncodeError, match=r"out: weights '\w+' there, '\w+' now.*choose another --output"):
+        make_actor(settings)(plan.slice(1, 1))
+    with pytest.raises(EncodeError, match=r"columns \{.*'others': \[\].* there, .*\['year'\].* now"):
+        make_actor(config(limit=32, columns=("year",)))(plan.slice(1, 1))
+    assert (output / "fingerprint.json").read_text() == noted
+
+
+def test_what_loading_warns_of_is_noted_since_workers_are_not_heard(config, checkpoint, make_model, tmp_path):
+    plain = make_model(freeze_base=True)
+    plain.save_pretrained(str(tmp_path / "saved"))
+    output = write_output(config(limit=16, checkpoint=str(tmp_path / "saved")))
+    (line,) = json.loads((output / "fingerprint.json").read_text())["warnings"]
+    assert "saved has no reference vectors" in line
+
+
+@pytest.mark.usefixtures("without_actors")
+def test_a_plan_of_a_run_that_noted_nothing_is_made_again(config, corpus, tmp_path, monkeypatch):
+    """Its checkpoint was refused, say: the next run is of what it is given, and not of both."""
+    wrong, right = config(limit=16), config(data=str(tmp_path / "b.parquet"))
+    wrong.work.mkdir(parents=True)
+    write_plan(wrong.work / "plan.parquet", make_plan(wrong, print)[1])
+    pq.write_table(pq.read_table(corpus).slice(0, 20), tmp_path / "b.parquet")
+    known, plan = make_plan(right, print)
+    assert (known, sum(part.num_rows for part in plan)) == ([], 20)
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -243,7 +288,7 @@ def test_vectors_without_their_plan_are_not_appended_to(config):
 def test_a_lance_data_set_that_is_there_gets_the_new_rows(config, corpus, monkeypatch):
     written = []
     monkeypatch.setattr("gem_st.ray.run.write_lance", written.append)
-    monkeypatch.setattr("gem_st.ray.run.find_spec", lambda name: object())
+    monkeypatch.setattr("gem_st.ray.config.find_spec", lambda name: object())
     output = write_output(config(limit=16))
     encode(config(limit=16), **QUIET)
     assert not written
@@ -269,7 +314,7 @@ def test_two_runs_do_not_write_to_one_folder(config):
 
 
 def test_lance_that_is_missing_names_its_pip_line(config, monkeypatch):
-    monkeypatch.setattr("gem_st.ray.run.find_spec", lambda name: None if name == "lance" else object())
+    monkeypatch.setattr("gem_st.ray.config.find_spec", lambda name: None if name == "lance" else object())
     with pytest.raises(ImportError, match=r"pip install 'gem-st\[lance\]'"):
         encode(config(format="lance"), **QUIET)
 
@@ -286,6 +331,8 @@ def test_actors_that_find_no_room_are_refused_and_do_not_wait():
 
 
 def test_errors_of_actors_and_disks_are_found_in_what_ray_says():
+    whole = OSError("Two lines:\nof one error.")
+    assert first_error(RayTaskError("look_at", "Traceback ...", whole)) is whole
     text = "ray::E() (pid=1)\n  File 'x.py'\ngem_st.ray.encoder.EncodeError: Part 3: no.\n\nray.UserCodeException: UDF"
     assert isinstance(first_error(RuntimeError(text)), EncodeError)
     assert str(first_error(RuntimeError(text))) == "Part 3: no."
@@ -341,15 +388,11 @@ def test_verify_finds_what_is_twice_missing_not_finite_or_of_another_model(confi
 
 def write_output(settings: EncodeConfig):
     """The output of a run, without Ray."""
-    from gem_st.ray.run import VECTORS, _settle, make_plan, write_plan
-
     _, plan = make_plan(settings, print)
-    settings.work.mkdir(parents=True, exist_ok=True)
     for folder in (settings.output / VECTORS, settings.work / "done"):
-        folder.mkdir()
-    ranges = _settle(settings, plan, 0, 1)
+        folder.mkdir(parents=True)
     write_plan(settings.work / "plan.parquet", plan)
-    encoder = PartEncoder(settings.names.all, **settings.encoder_options(), ranges=ranges)
+    encoder = make_actor(settings, **({"ranges": [[-1.0] * 32, [1.0] * 32]} if settings.precision == "int8" else {}))
     table = pq.read_table(settings.work / "plan.parquet")
     for row in range(len(plan)):
         pq.write_table(encoder(table.slice(row, 1)), settings.output / VECTORS / f"{row}.parquet")
@@ -428,7 +471,7 @@ def test_the_lines_of_the_page_embed_a_corpus(started_ray, checkpoint, corpus, t
 
 
 def test_a_damaged_row_group_stops_a_run_which_goes_on_when_it_is_whole(started_ray, config, corpus, tmp_path):
-    """In int8, whose ranges stay those of the output; another file is there by then, and is appended."""
+    """In int8, whose ranges stay those of the output; another file is there by then, and appended. Then all is done."""
     data = tmp_path / "data"
     data.mkdir()
     content, chunk = corpus.read_bytes(), pq.read_metadata(corpus).row_group(17).column(1)
@@ -454,4 +497,6 @@ def test_a_damaged_row_group_stops_a_run_which_goes_on_when_it_is_whole(started_
     rows = rows_of(settings.output)
     assert rows["vector"].type == pa.list_(pa.int8(), 32)
     assert rows.equals(expected_rows(settings))
+    assert encode(settings, **QUIET).new == 0
+    assert rows_of(settings.output).equals(rows)
     assert verify(settings.output).passed
