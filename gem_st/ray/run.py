@@ -194,6 +194,7 @@ def write_parts(config: EncodeConfig, note: dict[str, Any], num_actors: int, thr
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.target_max_block_size = None  # a part is one block: cut in two, one half could be taken for the whole
+    context.use_datasource_v2 = False  # which reads the footer of the plan in actors of their own
     context.checkpoint_config = checkpoint
     context.issue_detectors_config.detectors = []  # which tell of memory that is not short
     with ray.data.DataContext.current(context):
