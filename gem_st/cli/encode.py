@@ -48,9 +48,7 @@ def encode(
     precision: Annotated[Precision, typer.Option(help="Of the vectors.")] = Precision.float32,
     truncate_dim: Annotated[int | None, typer.Option(help="Elements of each vector to keep.")] = None,
     format: Annotated[Format, typer.Option(help="lance: a Lance data set beside the parquet files.")] = Format.parquet,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a batch, padding included; by default 4,096 on CPUs, otherwise 8,192.")
-    ] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch, padding included.")] = 8192,
     rows_per_part: Annotated[int, typer.Option(help="Texts that are read, embedded and written as one.")] = 2048,
     limit: Annotated[int | None, typer.Option(help="Texts to embed, from the first.")] = None,
     num_actors: Annotated[

@@ -10,8 +10,7 @@ from typing import Any
 from .parts import Columns
 
 PRECISIONS = ("float32", "float16", "int8", "binary")
-BATCH_TOKENS = {"cpu": 4096, "others": 8192}
-"""Tokens of a batch by default, by the kind of device: what fits a processor's caches is faster there."""
+BATCH_TOKENS = 8192
 ROWS_PER_PART = 2048
 VECTORS, LANCE, REPORT, FINGERPRINT = "vectors", "vectors.lance", "report.jsonl", "fingerprint.json"
 NULL, EMPTY, TOO_LONG = "null", "empty", "too long"
@@ -51,7 +50,7 @@ class EncodeConfig:
     prompt_name: str | None = None
     precision: str = "float32"
     truncate_dim: int | None = None
-    batch_tokens: int | None = None
+    batch_tokens: int = BATCH_TOKENS
     format: str = "parquet"
     rows_per_part: int = ROWS_PER_PART
     limit: int | None = None
@@ -107,9 +106,9 @@ class EncodeConfig:
         return {"checkpoint": self.place, **{name: getattr(self, name) for name in same}}
 
 
-def check_options(precision: str, batch_tokens: int | None, truncate_dim: int | None) -> None:
+def check_options(precision: str, batch_tokens: int, truncate_dim: int | None) -> None:
     """Raise ValueError if an option is out of its range."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
-    if any(number is not None and number < 1 for number in (batch_tokens, truncate_dim)):
+    if batch_tokens < 1 or (truncate_dim is not None and truncate_dim < 1):
         raise ValueError(f"batch_tokens and truncate_dim must be 1 or more, got {batch_tokens} and {truncate_dim}.")

@@ -50,8 +50,7 @@ class Encoder:
         precision: ``"float32"``, ``"float16"``, ``"int8"`` or ``"binary"`` (bits, packed by eight).
         truncate_dim: Keep so many elements of each vector.
         ranges: Least and largest value of each element, which int8 needs. Shape: ``(2, D)``
-        batch_tokens: Tokens of a batch; by default 4,096 on a CPU and 8,192 elsewhere. A longer text is a batch of its
-            own.
+        batch_tokens: Tokens of a batch; a longer text is a batch of its own.
         report: Folder for what is to be known of texts: which have no vector, and which were cut.
         num_threads: Threads of torch; by default those that it has.
         dtype: Data type to load in.
@@ -77,7 +76,7 @@ class Encoder:
         precision: str = "float32",
         truncate_dim: int | None = None,
         ranges: Any = None,
-        batch_tokens: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
         report: str | None = None,
         num_threads: int | None = None,
         dtype: str = "auto",
@@ -93,14 +92,12 @@ class Encoder:
         self.columns = [name for name in dict.fromkeys(columns) if name != id_column]
         self.prompt_name, self.precision, self.truncate_dim = prompt_name, precision, truncate_dim
         self.ranges = None if ranges is None else np.asarray(ranges, dtype=np.float32)
-        self.report = report
+        self.batch_tokens, self.report = batch_tokens, report
         if num_threads:
             torch.set_num_threads(num_threads)
         hub_kwargs: dict[str, Any] = {"revision": revision, "token": token}
         options: dict[str, Any] = {"device": device, "model_kwargs": {"dtype": dtype}, **hub_kwargs}
         self.model = load_any(checkpoint, trust_remote_code=trust_remote_code, **options)
-        kind = "cpu" if self.model.device.type == "cpu" else "others"
-        self.batch_tokens = batch_tokens or BATCH_TOKENS[kind]
         self.prompt = document_prompt(self.model, prompt_name)
         check_reference(self.model, checkpoint, **hub_kwargs)
         self.fingerprint = describe_model(
