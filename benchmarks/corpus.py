@@ -2,6 +2,7 @@
 
     python benchmarks/corpus.py --data DATA
     python benchmarks/corpus.py --data DATA --only throughput --ways plain Ray "Ray, niceness 15" "Ray, memory watched"
+    python benchmarks/corpus.py --data DATA --only batches --num 2048 [--checkpoint CHECKPOINT --dtype bfloat16]
 
 The model is examples/base-8m with a LoRA of random weights beside it, and vectors of length 1, or that of --checkpoint.
 Texts are made of DATA/text/classic_books_sentences_200k.txt: of a hundred, eighty are one sentence, nineteen two, four
@@ -9,6 +10,7 @@ or eight, one forty. A plain process loads the model, reads its half, calls `mod
 writes parquet. Times are of whole processes, from their start to their end; `steady` is without start and loading: of
 plain processes the time in `encode`, of Ray the rows that were written after the second part, by the time since then.
 `niceness 15` is the priority that Ray gives its workers by itself, and `memory watched` looks at memory meanwhile.
+`batches` is the rate of one Encoder with one thread, by tokens of a batch, the median of three rounds.
 Memory is the sum of PSS over the driver and all processes that it started, looked at twice a second.
 """
 
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gem_st import GemTransformer, hub
+from gem_st.ray import Encoder
 from gem_st.training.measures import describe_versions
 
 PLAIN_WAY = "plain"
@@ -201,24 +205,42 @@ def measure_memory(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return result
 
 
+def measure_batches(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Texts a second of one Encoder, by tokens of a batch."""
+    checkpoint = args.checkpoint or make_checkpoint(scratch / "checkpoint")
+    write_corpus(args.data, args.num, scratch / "corpus.parquet", is_mixed=True)
+    table, rates = pq.read_table(scratch / "corpus.parquet"), {tokens: [] for tokens in (1024, 2048, 4096, 8192, 16384)}
+    encoder = Encoder(checkpoint, dtype=args.dtype, device="cpu", num_threads=1)
+    encoder(table.slice(0, 64))
+    for _ in range(3):
+        for tokens in rates:
+            start, encoder.batch_tokens = time.perf_counter(), tokens
+            encoder(table)
+            rates[tokens].append(args.num / (time.perf_counter() - start))
+    return {"texts/s, by tokens of a batch": {tokens: round(median(found), 1) for tokens, found in rates.items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the layout of benchmarks/README.md")
     parser.add_argument("--checkpoint", help="folder of another checkpoint, for throughput")
-    parser.add_argument("--only", nargs="+", choices=["throughput", "memory"], default=["throughput", "memory"])
+    parser.add_argument(
+        "--only", nargs="+", choices=["throughput", "memory", "batches"], default=["throughput", "memory"]
+    )
     parser.add_argument("--ways", nargs="+", choices=[PLAIN_WAY, *WAYS], default=[PLAIN_WAY, "Ray"])
     parser.add_argument("--num", type=int, default=20_000)
     parser.add_argument("--rows-per-part", type=int, default=2048)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    ways = {"throughput": measure_throughput, "memory": measure_memory}
+    ways = {"throughput": measure_throughput, "memory": measure_memory, "batches": measure_batches}
+    settings = {"checkpoint": args.checkpoint and Path(args.checkpoint).name}
+    settings |= {key: getattr(args, key) for key in ("num", "dtype", "rows_per_part")}
     for name in args.only:
         with tempfile.TemporaryDirectory() as scratch:
             result = ways[name](args, Path(scratch))
-        settings = {"measured": name, "num": args.num, "dtype": args.dtype, "rows_per_part": args.rows_per_part}
-        settings["batch_tokens"] = 8192
-        line = {"settings": settings, "result": result, "versions": describe_versions("ray", "pyarrow")}
+        line = {"settings": {"measured": name, **settings}, "result": result}
+        line["versions"] = describe_versions("ray", "pyarrow")
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(name, json.dumps(result), flush=True)
