@@ -62,13 +62,21 @@ class Columns(NamedTuple):
         return list(dict.fromkeys([self.id, self.text, *self.others]))
 
 
+class File(NamedTuple):
+    """What is to be known of a parquet file: rows of each row group, and types of the columns that are kept."""
+
+    path: Path
+    sizes: tuple[int, ...]
+    types: dict[str, str]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 
 
 def find_files(
     source: Source, columns: Columns, rows_per_part: int, folder: Path, say: Callable[[str], object]
-) -> list[Path]:
+) -> list[File]:
     """Parquet files of a corpus, copied to ``folder`` where that is needed.
 
     Args:
@@ -84,15 +92,17 @@ def find_files(
     path = Path(source.name).expanduser()
     if not path.exists() or (path / SAVED).exists():
         files = list_files(path, say) if path.exists() else []
-        return [_copy(source, files, columns, rows_per_part, folder, say)]
+        return [look_into(_copy(source, files, columns, rows_per_part, folder, say), columns)]
     if source.subset is not None or source.split != "train":
         raise ValueError(f"{source.name} is on this machine, without subsets and splits. Name its files, or a folder.")
     found = []
     for file in [path] if path.is_file() else list_files(path, say):
-        is_read = file.suffix == ".parquet" and not has_large_groups(check_file(file, columns), rows_per_part)
-        whole = source._replace(name=str(file))
-        found.append(file if is_read else _copy(whole, [file], columns, rows_per_part, folder, say))
-    check_types(found, columns)
+        known = look_into(file, columns) if file.suffix == ".parquet" else None
+        if known is None or max(known.sizes, default=0) > LARGE_GROUPS * rows_per_part:
+            copy = _copy(source._replace(name=str(file)), [file], columns, rows_per_part, folder, say)
+            known = look_into(copy, columns)
+        found.append(known)
+    check_types(found)
     return found
 
 
@@ -120,40 +130,32 @@ def list_files(folder: Path, say: Callable[[str], object]) -> list[Path]:
     return sorted(files)
 
 
-def has_large_groups(metadata: Any, rows_per_part: int) -> bool:
-    """True for a parquet file with a row group that is many parts."""
-    sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-    return max(sizes, default=0) > LARGE_GROUPS * rows_per_part
-
-
-def types_of(file: Path, columns: Columns) -> dict[str, str]:
-    """Types of the columns that go into the output."""
-    schema = pq.read_schema(file)
-    return {name: str(schema.field(name).type) for name in (columns.id, *columns.others)}
-
-
 def is_text(kind: pa.DataType) -> bool:
     """True for columns of text."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def check_types(files: Sequence[Path], columns: Columns) -> None:
+def check_types(files: Sequence[File]) -> None:
     """Raise ValueError if files cannot be one table."""
-    first = types_of(files[0], columns)
+    first = files[0]
     for file in files[1:]:
-        if (other := types_of(file, columns)) != first:
-            raise ValueError(f"{files[0]} has columns {first}, and {file} has {other}. Bring them to the same types.")
+        if file.types != first.types:
+            raise ValueError(
+                f"{first.path} has columns {first.types}, and {file.path} has {file.types}. Bring them to the same "
+                "types."
+            )
 
 
-def check_file(file: Path, columns: Columns) -> Any:
-    """Metadata of a parquet file that has the columns."""
+def look_into(path: Path, columns: Columns) -> File:
+    """Read the footer of a parquet file, which must have the columns."""
     try:
-        with pq.ParquetFile(file) as opened:
+        with pq.ParquetFile(path) as opened:
             metadata, schema = opened.metadata, opened.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read as parquet: {error}") from error
-    check_schema(str(file), schema, columns)
-    return metadata
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+    check_schema(str(path), schema, columns)
+    sizes = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return File(path, sizes, {name: str(schema.field(name).type) for name in (columns.id, *columns.others)})
 
 
 def check_schema(name: str, schema: pa.Schema, columns: Columns) -> None:
@@ -268,18 +270,17 @@ def open_writer(path: Path) -> Iterator[Callable[[pa.Table, bytes], None]]:
 # Parts
 
 
-def make_parts(files: Sequence[Path], rows_per_part: int, limit: int | None) -> list[Part]:
+def make_parts(files: Sequence[File], rows_per_part: int, limit: int | None) -> list[Part]:
     """Parts of files, in order: small row groups together, large ones in pieces, none beyond its file."""
     parts: list[Part] = []
     left = float("inf") if limit is None else limit
     for file in files:
-        metadata = pq.read_metadata(file)
-        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        for group, num_groups, start, num_rows in cut_groups(sizes, rows_per_part):
+        path = str(file.path.resolve())
+        for group, num_groups, start, num_rows in cut_groups(file.sizes, rows_per_part):
             num_rows = int(min(num_rows, left))
             left -= num_rows
             if num_rows:
-                parts.append(Part(len(parts), str(file.resolve()), group, num_groups, start, num_rows))
+                parts.append(Part(len(parts), path, group, num_groups, start, num_rows))
     return parts
 
 

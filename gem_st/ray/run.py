@@ -31,12 +31,12 @@ from .parts import (
     extend_plan,
     find_files,
     find_repeated,
+    look_into,
     make_parts,
     read_ids,
     read_part,
     read_plan,
     spread,
-    types_of,
     write_plan,
 )
 from .settling import settle
@@ -167,7 +167,7 @@ def encode(config: EncodeConfig, *, say: Callable[[str], object] = print, shows_
 def make_note(config: EncodeConfig, plan: list[Part]) -> dict[str, Any]:
     """How a run is asked for, with the ranges that an output has already."""
     columns: dict[str, Any] = {"text": config.text_column, "id": config.id_column, "others": list(config.columns)}
-    columns["types"] = types_of(Path(plan[-1].file), config.names)
+    columns["types"] = look_into(Path(plan[-1].file), config.names).types
     path = config.output / FINGERPRINT
     ranges = read_json(path)["ranges"] if path.exists() else None
     same = {name: getattr(config, name) for name in ("revision", "dtype", "prompt_name", "truncate_dim")}

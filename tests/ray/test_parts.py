@@ -23,6 +23,7 @@ from gem_st.ray.parts import (
     extend_plan,
     find_files,
     find_repeated,
+    look_into,
     make_parts,
     read_ids,
     read_part,
@@ -44,7 +45,7 @@ def find(tmp_path):
     def run(source, columns=NAMES, split="train"):
         files = find_files(Source(str(source), split=split), columns, 10, tmp_path / "input", lambda line: None)
         parts = make_parts(files, 10, None)
-        return files, pa.concat_tables([read_part(part, columns.all) for part in parts])
+        return [file.path for file in files], pa.concat_tables([read_part(part, columns.all) for part in parts])
 
     return run
 
@@ -111,7 +112,7 @@ def test_a_private_data_set_of_the_hub_is_read_with_the_token(python, tmp_path):
     (tmp_path / "read.py").write_text(
         "import sys\nfrom pathlib import Path\nfrom gem_st.ray.parts import Columns, Source, find_files\n"
         "source = Source('acme/corpus', sys.argv[1], 'test', sys.argv[2] if sys.argv[2:] else None)\n"
-        "print(*find_files(source, Columns('text', 'id'), 10, Path('input'), lambda line: None))"
+        "print(find_files(source, Columns('text', 'id'), 10, Path('input'), lambda line: None)[0].path)"
     )
     with HubServer({"hf_reader": ("alice", "read")}, orgs={"acme": ["alice"]}) as server:
         names = {"a/train-0.parquet": "a.parquet", "b/train-0.parquet": "a.parquet", "b/test-0.parquet": "b.parquet"}
@@ -234,7 +235,7 @@ def test_what_is_not_there_or_empty(tmp_path, find):
 def test_a_limit_ends_within_a_part(tmp_path):
     write(tmp_path / "a.parquet", row_group_size=7)
     write(tmp_path / "b.parquet", row_group_size=7)
-    found = make_parts([tmp_path / "a.parquet", tmp_path / "b.parquet"], 10, 28)
+    found = make_parts([look_into(tmp_path / f"{name}.parquet", NAMES) for name in "ab"], 10, 28)
     assert [part[2:] for part in found] == [(0, 1, 0, 7), (1, 1, 0, 7), (2, 1, 0, 7), (3, 1, 0, 4), (0, 1, 0, 3)]
     assert [part.part for part in found] == [0, 1, 2, 3, 4]
 
@@ -247,7 +248,7 @@ def test_a_row_group_that_is_damaged_is_named(tmp_path):
     start = chunk.dictionary_page_offset or chunk.data_page_offset
     content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
     path.write_bytes(bytes(content))
-    parts = make_parts([path], 5, None)
+    parts = make_parts([look_into(path, NAMES)], 5, None)
     assert len(read_part(parts[2], ["id", "text"])) == 5
     with pytest.raises(EncodeError, match=re.escape(f"{path}: row groups 3 to 3 cannot be read")):
         read_part(parts[3], ["id", "text"])
@@ -288,4 +289,4 @@ def test_ids_of_one_hash_are_told_apart(monkeypatch):
 def test_a_row_without_an_id_is_refused(tmp_path):
     pq.write_table(pa.table({"id": [1, None], "text": ["a", "b"]}), tmp_path / "a.parquet")
     with pytest.raises(EncodeError, match="1 of the rows of a part have no 'id'"):
-        list(read_ids(make_parts([tmp_path / "a.parquet"], 10, None), "id"))
+        list(read_ids(make_parts([look_into(tmp_path / "a.parquet", NAMES)], 10, None), "id"))
