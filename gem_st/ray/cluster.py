@@ -12,8 +12,8 @@ SPARE_CPUS = 3
 """Logical CPUs beside those of the actors: Ray Data reads the plan, filters it and writes in tasks of one each."""
 STORE_BYTES = 2**28
 """Object store of a local run, and as much again for each actor: parts that wait to be written."""
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_worker_niceness": "0"}
-"""What a run sets unless it is set: nothing is reported, little is logged, and actors have the priority of the command;
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+"""What a run sets unless it is set: nothing is reported, and actors have the priority of the command;
 Ray's own 15 would have them give way to all else on the machine."""
 
 
