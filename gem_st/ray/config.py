@@ -13,6 +13,8 @@ PRECISIONS = ("float32", "float16", "int8", "binary")
 BATCH_TOKENS = 8192
 ROWS_PER_PART = 2048
 VECTORS, LANCE, REPORT, FINGERPRINT = "vectors", "vectors.lance", "report.jsonl", "fingerprint.json"
+PLAN, DONE, REPORTS, WARNINGS = "plan.parquet", "done", "reports", "warnings"
+"""What lies in ``work``, beside copies of data."""
 NULL, EMPTY, TOO_LONG = "null", "empty", "too long"
 
 

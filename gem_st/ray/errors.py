@@ -15,12 +15,11 @@ class EncodeError(ValueError):
 
 def first_error(error: BaseException) -> Exception:
     """The error that an actor or a task met: as it is, if Ray brings it whole, or found in the text that Ray has."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, (ValueError, OSError, ImportError)):
-        return cause
-    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
+    cause, text = getattr(error, "cause", None), re.sub(r"\x1b\[[\d;]*m", "", str(error))
     if "No space left on device" in text or "Errno 28" in text:
         return OSError("The disk is full. What was written stays: free some space, and the same command goes on.")
+    if isinstance(cause, (ValueError, OSError, ImportError)):
+        return cause
     lines = [line for line in ERROR_LINE.finditer(text) if line[2]]
     # The last of ours, which says most, or else the first, which caused the others.
     found = next((line for line in reversed(lines) if line[1] == EncodeError.__name__), lines[0] if lines else None)

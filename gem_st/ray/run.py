@@ -22,7 +22,19 @@ from tqdm import tqdm
 
 from ..files import read_json
 from .cluster import num_threads, running_ray
-from .config import EMPTY, FINGERPRINT, LANCE, NULL, REPORT, VECTORS, EncodeConfig
+from .config import (
+    DONE,
+    EMPTY,
+    FINGERPRINT,
+    LANCE,
+    NULL,
+    PLAN,
+    REPORT,
+    REPORTS,
+    VECTORS,
+    WARNINGS,
+    EncodeConfig,
+)
 from .errors import EncodeError, plain_errors
 from .parts import (
     PART,
@@ -75,28 +87,46 @@ class EncodeResult:
         )
 
 
-def look(config: EncodeConfig, num_actors: int, share: float, texts: list[str]) -> dict[str, Any]:
+def look(
+    config: EncodeConfig, num_actors: int, share: float, texts: list[str], say: Callable[[str], object]
+) -> dict[str, Any]:
     """:func:`gem_st.ray.workers.look_at`, in a worker."""
     import ray
 
     options = {**config.encoder_options(), "num_threads": num_threads(num_actors, config.address)}
     with plain_errors():
-        return ray.get(ray.remote(look_at).options(num_gpus=share, max_retries=0).remote(options, texts))
+        found = ray.get(ray.remote(look_at).options(num_gpus=share, max_retries=0).remote(options, texts))
+    for line in found["warnings"].splitlines():
+        say(line)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The run
 
 
+def read_known(config: EncodeConfig) -> list[Part]:
+    """Parts that an output is planned with; none as long as it has no vectors."""
+    vectors = config.output / VECTORS
+    if not (vectors.is_dir() and any(vectors.iterdir())):
+        return []
+    for path in (config.work / PLAN, config.output / FINGERPRINT):
+        if not path.exists():
+            raise ValueError(f"{vectors} has files, but nothing says of what: {path} is gone. Choose another --output.")
+    return read_plan(config.work / PLAN)
+
+
+def start_over(config: EncodeConfig) -> None:
+    """Forget what was planned and settled for vectors that are not there, and was of another corpus or model, say."""
+    for folder in (DONE, REPORTS):
+        shutil.rmtree(config.work / folder, ignore_errors=True)
+    for path in (config.work / PLAN, config.output / FINGERPRINT):
+        path.unlink(missing_ok=True)
+
+
 def make_plan(config: EncodeConfig, say: Callable[[str], object]) -> tuple[list[Part], list[Part]]:
     """Parts that the output is planned with already, and those with what there is now."""
-    vectors, needed = config.output / VECTORS, (config.work / "plan.parquet", config.output / FINGERPRINT)
-    missing = [path for path in needed if not path.exists()]
-    if missing and vectors.is_dir() and any(vectors.iterdir()):
-        raise ValueError(
-            f"{vectors} has files, but nothing says of what: {missing[0]} is gone. Choose another --output."
-        )
-    known = [] if missing else read_plan(needed[0])
+    known = read_known(config)
     source = Source(config.data, config.subset, config.split, config.token)
     files = find_files(source, config.names, config.rows_per_part, config.work / "input", say)
     plan = extend_plan(known, make_parts(files, config.rows_per_part, config.limit))
@@ -140,27 +170,26 @@ def encode(config: EncodeConfig, *, say: Callable[[str], object] = print, shows_
         ImportError: If a package is missing.
     """
     config.check()
-    with only_run(config):
+    with only_run(config), told_warnings(config.work / WARNINGS, say):
         known, plan = make_plan(config, say)
-        note, before = make_note(config, plan), count_done(config.work / "done", plan)
-        left = len(plan) - len(done_parts(config.work / "done"))
+        if not known:
+            start_over(config)
+        note, before = make_note(config, plan), count_done(config.work / DONE, plan)
+        left = len(plan) - len(done_parts(config.work / DONE))
         with running_ray(config.address, config.num_actors, config.gpus_per_actor) as (num_actors, share):
             calibrates = config.precision == "int8" and note["ranges"] is None
-            if (
-                calibrates or not left or 0 < len(known) < len(plan)
-            ):  # before the plan grows; else the first actor does it
+            is_longer = 0 < len(known) < len(plan)
+            if calibrates or is_longer or not left:  # otherwise each actor settles it before its first part
                 texts = sample_texts(plan, config.text_column, CALIBRATION_TEXTS) if calibrates else []
-                found = look(config, num_actors, share, texts)
+                found = look(config, num_actors, share, texts, say)
                 note["ranges"] = found["ranges"] if calibrates else note["ranges"]
                 settle(config.output, note, found["facts"])
             if len(plan) > len(known):
-                write_plan(config.work / "plan.parquet", plan)
+                write_plan(config.work / PLAN, plan)
             start = time.monotonic()
             with plain_errors(), progress_of(config, plan, shows_progress):
                 if left:
                     write_parts(config, note, min(num_actors, left), num_threads(num_actors, config.address), share)
-        for line in read_json(config.output / FINGERPRINT)["warnings"]:
-            say(line)
         return _finish(config, plan, before, time.monotonic() - start)
 
 
@@ -183,10 +212,10 @@ def write_parts(config: EncodeConfig, note: dict[str, Any], num_actors: int, thr
 
     options: dict[str, Any] = {"names": config.names.all, "output": str(config.output.resolve()), "note": note}
     options |= {**config.encoder_options(), "ranges": note["ranges"], "num_threads": threads}
-    options["report"] = str((config.work / "reports").resolve())
+    options["report"] = str((config.work / REPORTS).resolve())
     checkpoint = CheckpointConfig(
         id_column=PART,
-        checkpoint_path=str((config.work / "done").resolve()),
+        checkpoint_path=str((config.work / DONE).resolve()),
         delete_checkpoint_on_success=False,
         checkpoint_manager_cls=UniquePartManager,
     )
@@ -198,7 +227,7 @@ def write_parts(config: EncodeConfig, note: dict[str, Any], num_actors: int, thr
     context.checkpoint_config = checkpoint
     context.issue_detectors_config.detectors = []  # which tell of memory that is not short
     with ray.data.DataContext.current(context):
-        rows = ray.data.read_parquet(str((config.work / "plan.parquet").resolve()))
+        rows = ray.data.read_parquet(str((config.work / PLAN).resolve()))
         rows.repartition(target_num_rows_per_block=1).map_batches(
             PartEncoder,
             fn_constructor_kwargs=options,
@@ -219,6 +248,18 @@ def only_run(config: EncodeConfig) -> Iterator[None]:
             yield
     except Timeout as error:
         raise ValueError(f"Another run writes to {config.output}. Wait for it, or end it.") from error
+
+
+@contextmanager
+def told_warnings(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Say at the end what actors were warned of, each line once."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        lines = [line for file in folder.glob("*.txt") for line in file.read_text(encoding="utf-8").splitlines()]
+        for line in dict.fromkeys(lines):
+            say(line)
 
 
 def done_parts(folder: Path, seen: dict[str, set[int]] | None = None) -> set[int]:
@@ -243,7 +284,7 @@ def count_done(folder: Path, plan: list[Part], seen: dict[str, set[int]] | None 
 @contextmanager
 def progress_of(config: EncodeConfig, plan: list[Part], is_shown: bool) -> Iterator[None]:
     """A bar that follows the checkpoint, which is what a restart would find."""
-    done, over, seen = config.work / "done", Event(), dict[str, set[int]]()
+    done, over, seen = config.work / DONE, Event(), dict[str, set[int]]()
     total, initial = sum(part.num_rows for part in plan), count_done(done, plan, seen)
     with tqdm(total=total, initial=initial, unit="text", disable=not is_shown, smoothing=0.05) as bar:
 
@@ -263,7 +304,7 @@ def progress_of(config: EncodeConfig, plan: list[Part], is_shown: bool) -> Itera
 
 def _finish(config: EncodeConfig, plan: list[Part], before: int, seconds: float) -> EncodeResult:
     """Join the reports, count, and write Lance where it was asked for."""
-    reasons = join_reports(config.work / "reports", config.output / REPORT)
+    reasons = join_reports(config.work / REPORTS, config.output / REPORT)
     texts, vectors = sum(part.num_rows for part in plan), count_vectors(config.output / VECTORS)
     without = {reason: reasons.get(reason, 0) for reason in (NULL, EMPTY)}
     if vectors + sum(without.values()) != texts:
@@ -328,12 +369,10 @@ def preview(config: EncodeConfig, *, say: Callable[[str], object] = print) -> di
     """
     config.check()
     with only_run(config):
-        _, plan = make_plan(config, say)
-        done = count_done(config.work / "done", plan)
+        known, plan = make_plan(config, say)
+        done = count_done(config.work / DONE, plan) if known else 0
         with running_ray(config.address, config.num_actors, config.gpus_per_actor) as (num_actors, share):
-            found = look(config, num_actors, share, sample_texts(plan, config.text_column))
-    for line in found["facts"]["warnings"]:
-        say(line)
+            found = look(config, num_actors, share, sample_texts(plan, config.text_column), say)
     threads = num_threads(num_actors, config.address)
     texts = sum(part.num_rows for part in plan)
     rate = found["texts"] / found["seconds"]

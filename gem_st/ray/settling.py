@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from ..files import read_json, write_json
+from ..files import read_json
 from .config import FINGERPRINT
 from .errors import EncodeError
 
+PATIENCE = 10.0
+"""Seconds that another actor, on another machine say, has to write the note."""
+
 
 def settle(output: str | Path, note: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write the note beside the vectors, or compare with the one that is there.
+    """Write the note beside the vectors if there is none, and compare with the one that is there then.
+
+    Of several actors one creates the file, on a shared disk too, whether or not that knows locks.
 
     Args:
         output: Folder of a run.
@@ -25,13 +30,26 @@ def settle(output: str | Path, note: Mapping[str, Any], facts: Mapping[str, Any]
         EncodeError: If they differ, with both.
     """
     path = Path(output) / FINGERPRINT
-    with FileLock(str(Path(output) / "work" / "settling.lock")):  # of several actors one is the first
-        if not path.exists():
-            write_json(path, {**facts, **note})
-            return
-    noted = read_json(path)
+    content = json.dumps({**facts, **note}, indent=2, ensure_ascii=False, default=str)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(f"{content}\n")
+    except FileExistsError:
+        pass
+    noted = read_patiently(path)
     there, now = ({**found["fingerprint"], "columns": of["columns"]} for found, of in ((noted, noted), (facts, note)))
     refuse_other(note["checkpoint"], str(output), there, now)
+
+
+def read_patiently(path: Path) -> Any:
+    """Content of a JSON file that another process may be writing."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            return read_json(path)
+        except (ValueError, FileNotFoundError):
+            time.sleep(0.1)
+    return read_json(path)
 
 
 def refuse_other(name: str, where: str, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ..files import read_json
 from ..hub.verifying import Check, Verification
-from .config import EMPTY, FINGERPRINT, NULL, REPORT, VECTORS
+from .config import DONE, EMPTY, FINGERPRINT, NULL, PLAN, REPORT, VECTORS
 from .encoder import Encoder
 from .errors import EncodeError
 from .parts import PART, VECTOR, Part, find_repeated, hash_all, hash_ids, read_ids, read_part, read_plan, spread
@@ -42,7 +42,7 @@ def verify(
         ValueError: If there is no run.
     """
     folder = Path(output)
-    plan = read_plan(folder / "work" / "plan.parquet")
+    plan = read_plan(folder / "work" / PLAN)
     if not plan or not (folder / FINGERPRINT).exists():
         raise ValueError(f"{folder} is no output of `gem-st encode`: it has no plan or no {FINGERPRINT}.")
     noted = read_json(folder / FINGERPRINT)
@@ -76,7 +76,7 @@ def check_files(folder: Path) -> Check:
             num_rows += pq.read_metadata(file).num_rows
         except (pa.ArrowException, OSError):
             broken.append(file.name)
-    pending = list((folder / "work" / "done").glob("*.pending.parquet"))
+    pending = list((folder / "work" / DONE).glob("*.pending.parquet"))
     if broken or pending:
         finding = f"a run was cut off: {len(broken)} files cannot be read, {len(pending)} are not known to be whole"
         return Check("files", False, f"{finding}. Run `gem-st encode` again, which puts that right")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 
+from ..files import write_text
+from .config import WARNINGS
 from .errors import EncodeError
 from .parts import PART, Part, read_part
 from .settling import settle
@@ -38,9 +44,7 @@ class PartEncoder:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Read and embed a part, given as a table of one row."""
         if self.encoder is None:
-            encoder, facts = load(self.options)
-            settle(self.output, self.note, facts)
-            self.encoder = encoder
+            self.encoder = self._load()
         part = Part(**batch.to_pylist()[0])
         try:
             result = self.encoder(read_part(part, self.names), f"{part.part}.jsonl")
@@ -48,24 +52,38 @@ class PartEncoder:
             raise EncodeError(f"Part {part.part}: {error}") from error
         return result.append_column(PART, pa.array([part.part] * len(result), pa.int64()))
 
+    def _load(self) -> Encoder:
+        if not Path(self.output).is_dir():
+            raise EncodeError(f"{self.output} is not there on {platform.node()}: all machines must see --output.")
+        try:
+            encoder, facts, warnings = load(self.options)
+        except (ValueError, OSError, ImportError) as error:
+            raise EncodeError(" ".join(str(error).split())) from error
+        if warnings:
+            folder = Path(self.output) / "work" / WARNINGS
+            folder.mkdir(exist_ok=True)
+            write_text(folder / f"{uuid4().hex}.txt", warnings)
+        settle(self.output, self.note, facts)
+        return encoder
 
-def load(options: dict[str, Any]) -> tuple[Encoder, dict[str, Any]]:
-    """An Encoder, and what is to be noted of it."""
+
+def load(options: dict[str, Any]) -> tuple[Encoder, dict[str, Any], str]:
+    """An Encoder, what is to be noted of it, and what loading warned of."""
     from ..training.measures import describe_versions
     from .encoder import Encoder
 
     with collected_warnings() as warnings:
         encoder = Encoder(**options)
-    versions = describe_versions("ray", "pyarrow")
-    return encoder, {"fingerprint": encoder.fingerprint, "versions": versions, "warnings": warnings}
+    facts = {"fingerprint": encoder.fingerprint, "versions": describe_versions("ray", "pyarrow")}
+    return encoder, facts, warnings.getvalue()
 
 
 @contextmanager
-def collected_warnings() -> Iterator[list[str]]:
+def collected_warnings() -> Iterator[io.StringIO]:
     """What is logged as a warning or worse, by us, Sentence Transformers or transformers: workers are not heard."""
-    told: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    told = io.StringIO()
+    handler = logging.StreamHandler(told)
+    handler.setLevel(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("gem_st", "sentence_transformers", "transformers")]
     for logger in loggers:
         logger.addHandler(handler)
@@ -82,10 +100,10 @@ def look_at(options: dict[str, Any], texts: list[str]) -> dict[str, Any]:
 
     from .fingerprint import describe_model
 
-    encoder, facts = load({**options, "precision": "float32"})
+    encoder, facts, warnings = load({**options, "precision": "float32"})
     names = ("prompt_name", "precision", "truncate_dim")
     facts["fingerprint"] = describe_model(encoder.model, **{name: options[name] for name in names})
-    found: dict[str, Any] = {"facts": facts}
+    found: dict[str, Any] = {"facts": facts, "warnings": warnings}
     if texts:
         lengths = encoder.count_tokens(texts)
         encoder.embed(texts[:8])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -28,7 +29,8 @@ from gem_st.ray.cluster import SPARE_CPUS, default_actors, find_room, keep_quiet
 from gem_st.ray.config import VECTORS
 from gem_st.ray.errors import first_error
 from gem_st.ray.parts import read_plan
-from gem_st.ray.run import done_parts, join_reports, make_note, make_plan, write_lance, write_plan
+from gem_st.ray.run import done_parts, join_reports, make_note, make_plan, told_warnings, write_lance, write_plan
+from gem_st.ray.settling import settle
 from gem_st.ray.workers import PartEncoder, look_at
 
 from ..conftest import ROOT
@@ -78,7 +80,7 @@ def without_actors(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("Parts were given to actors")
 
-    def look(config, num_actors, share, texts):
+    def look(config, num_actors, share, texts, say):
         return look_at({**config.encoder_options(), "num_threads": num_threads(num_actors, None)}, texts)
 
     monkeypatch.setattr("gem_st.ray.run.running_ray", room)
@@ -217,7 +219,6 @@ def test_an_actor_of_another_model_writes_nothing_beside_the_vectors(config, che
     settings = config(limit=32)
     output = write_output(settings)
     noted, plan = (output / "fingerprint.json").read_text(), pq.read_table(settings.work / "plan.parquet")
-    assert json.loads(noted)["warnings"] == []
     shutil.rmtree(checkpoint)
     hub.export(make_model(freeze_base=True, num_gem_tokens=1), checkpoint)
     with pytest.raises(EncodeError, match=r"out: weights '\w+' there, '\w+' now.*choose another --output"):
@@ -227,23 +228,74 @@ def test_an_actor_of_another_model_writes_nothing_beside_the_vectors(config, che
     assert (output / "fingerprint.json").read_text() == noted
 
 
-def test_what_loading_warns_of_is_noted_since_workers_are_not_heard(config, checkpoint, make_model, tmp_path):
-    plain = make_model(freeze_base=True)
-    plain.save_pretrained(str(tmp_path / "saved"))
-    output = write_output(config(limit=16, checkpoint=str(tmp_path / "saved")))
-    (line,) = json.loads((output / "fingerprint.json").read_text())["warnings"]
+def test_two_first_actors_note_one_thing_and_the_other_is_refused(tmp_path, monkeypatch):
+    """Whether or not the disk knows locks: one creates the file, and the other waits until it is whole."""
+    facts, note = {"fingerprint": {"weights": "a"}}, {"columns": {}, "checkpoint": "here"}
+    path = tmp_path / "fingerprint.json"
+    path.touch()  # the other one is writing
+
+    def finish() -> None:
+        time.sleep(0.3)
+        path.write_text(json.dumps({**note, "fingerprint": {"weights": "b"}}))
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(finish)
+        with pytest.raises(EncodeError, match=r"here does not give the vectors.*weights 'b' there, 'a' now"):
+            settle(tmp_path, note, facts)
+    path.unlink()
+    settle(tmp_path, note, facts)
+    settle(tmp_path, note, facts)
+    assert json.loads(path.read_text()) == {**note, **facts}
+    monkeypatch.setattr("gem_st.ray.settling.PATIENCE", 0.2)
+    path.write_text("{")  # its process was killed
+    with pytest.raises(ValueError, match=r"fingerprint\.json is not valid JSON"):
+        settle(tmp_path, note, facts)
+
+
+def test_what_loading_warns_of_is_said_once_since_workers_are_not_heard(config, make_model, tmp_path):
+    make_model(freeze_base=True).save_pretrained(str(tmp_path / "saved"))
+    settings, said = config(limit=32, checkpoint=str(tmp_path / "saved")), []
+    write_output(settings)
+    plan = pq.read_table(settings.work / "plan.parquet")
+    with told_warnings(settings.work / "warnings", said.append):
+        for row in range(2):
+            make_actor(settings)(plan.slice(row, 1))
+    (line,) = said
     assert "saved has no reference vectors" in line
 
 
+def test_what_stops_an_actor_is_one_line(config, checkpoint, tmp_path):
+    settings = config(limit=16)
+    output = write_output(settings)
+    plan = pq.read_table(settings.work / "plan.parquet")
+    (tmp_path / "checkpoint" / "gem_adapter" / "adapter_model.safetensors").write_bytes(b"half")
+    with pytest.raises(EncodeError, match=r"adapter_model\.safetensors.*damaged") as caught:
+        make_actor(settings)(plan)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(output)
+    with pytest.raises(EncodeError, match=r"out is not there on .*: all machines must see --output"):
+        PartEncoder(["id"], str(output), {})(plan)
+
+
 @pytest.mark.usefixtures("without_actors")
-def test_a_plan_of_a_run_that_noted_nothing_is_made_again(config, corpus, tmp_path, monkeypatch):
-    """Its checkpoint was refused, say: the next run is of what it is given, and not of both."""
-    wrong, right = config(limit=16), config(data=str(tmp_path / "b.parquet"))
-    wrong.work.mkdir(parents=True)
-    write_plan(wrong.work / "plan.parquet", make_plan(wrong, print)[1])
-    pq.write_table(pq.read_table(corpus).slice(0, 20), tmp_path / "b.parquet")
-    known, plan = make_plan(right, print)
-    assert (known, sum(part.num_rows for part in plan)) == ([], 20)
+def test_a_run_that_ends_before_its_first_vector_leaves_nothing_behind(config, corpus, tmp_path):
+    """Its checkpoint was refused, say: the next run is of what it is given then, with ranges of its own."""
+    for num, source in ((16, pq.read_table(corpus)), (20, pq.read_table(corpus).slice(100))):
+        pq.write_table(source.slice(0, num), tmp_path / f"{num}.parquet")
+    ranges = []
+    for num, options in ((16, {"precision": "int8"}), (20, {"precision": "int8"}), (20, {})):
+        settings = config(data=str(tmp_path / f"{num}.parquet"), **options)
+        with pytest.raises(AssertionError, match="Parts were given to actors"):
+            encode(settings, **QUIET)
+        assert {part.file for part in read_plan(settings.work / "plan.parquet")} == {settings.data}
+        path = settings.output / "fingerprint.json"
+        ranges.append(json.loads(path.read_text())["ranges"] if path.exists() else None)
+        for done in ("done", "reports"):  # of vectors that somebody deleted
+            (settings.work / done).mkdir(exist_ok=True)
+            pq.write_table(pa.table({"part": [7]}), settings.work / done / "a.parquet")
+        preview(settings, say=lambda line: None)
+    assert ranges[0] != ranges[1]
+    assert ranges[2] is None
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -340,6 +392,8 @@ def test_errors_of_actors_and_disks_are_found_in_what_ray_says():
     assert str(first_error(RuntimeError(caused))) == "Part 3: no."
     full = first_error(RuntimeError("OSError: [Errno 28] Error writing bytes. Detail: No space left on device"))
     assert isinstance(full, OSError)
+    written = RayTaskError("write", "Traceback: No space left on device", OSError(errno.ENOSPC, "how to try again"))
+    assert "The disk is full" in str(first_error(written))
     assert "The disk is full. What was written stays" in str(full)
     assert str(first_error(RuntimeError("KeyError: 'a'"))) == "KeyError: 'a'"
 
