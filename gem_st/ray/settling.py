@@ -36,8 +36,8 @@ def settle(output: str | Path, note: Mapping[str, Any], facts: Mapping[str, Any]
             file.write(f"{content}\n")
     except FileExistsError:
         pass
-    noted = read_patiently(path)
-    there, now = ({**found["fingerprint"], "columns": of["columns"]} for found, of in ((noted, noted), (facts, note)))
+    both = (read_patiently(path), json.loads(content))
+    there, now = ({**noted["fingerprint"], "columns": noted["columns"]} for noted in both)
     refuse_other(note["checkpoint"], str(output), there, now)
 
 
