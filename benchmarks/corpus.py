@@ -130,7 +130,9 @@ def steady_rate(output: Path) -> float:
     return sum(pq.read_metadata(file).num_rows for file in files[2:]) / seconds
 
 
-def run_plain(args: argparse.Namespace, data: Path, scratch: Path) -> tuple[dict[str, float], np.ndarray]:
+def run_plain(
+    args: argparse.Namespace, checkpoint: str, data: Path, scratch: Path
+) -> tuple[dict[str, float], np.ndarray]:
     """Two plain processes, each with half of the texts; texts a second, and the vectors."""
     start, num = time.perf_counter(), args.num
     halves = [
@@ -139,7 +141,7 @@ def run_plain(args: argparse.Namespace, data: Path, scratch: Path) -> tuple[dict
                 sys.executable,
                 "-c",
                 PLAIN,
-                *map(str, (args.checkpoint, data, scratch / f"{place}.parquet", place, end)),
+                *map(str, (checkpoint, data, scratch / f"{place}.parquet", place, end)),
                 args.dtype,
             ],
             env=environment(),
@@ -156,16 +158,16 @@ def run_plain(args: argparse.Namespace, data: Path, scratch: Path) -> tuple[dict
 
 def measure_throughput(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """The ways, one after another, on the same texts; and how far their vectors are from those of plain processes."""
-    data, args.checkpoint = scratch / "corpus.parquet", args.checkpoint or make_checkpoint(scratch / "checkpoint")
+    data, checkpoint = scratch / "corpus.parquet", args.checkpoint or make_checkpoint(scratch / "checkpoint")
     write_corpus(args.data, args.num, data, is_mixed=True)
     rates, result, expected = {}, {}, None
     for way in args.ways:
         if way == PLAIN_WAY:
-            rates[way], expected = run_plain(args, data, scratch)
+            rates[way], expected = run_plain(args, checkpoint, data, scratch)
             continue
         output, (variables, has_memory) = scratch / way, WAYS[way]
         options = ["--dtype", args.dtype, "--rows-per-part", str(args.rows_per_part)]
-        found = run_encode(args.checkpoint, data, output, *options, variables=variables, has_memory=has_memory)
+        found = run_encode(checkpoint, data, output, *options, variables=variables, has_memory=has_memory)
         rates[way] = {"whole": args.num / found["seconds"], "steady": steady_rate(output)}
         if expected is not None:
             result |= compare(as_array(pq.read_table(output / "vectors").sort_by("id")), expected)
@@ -223,7 +225,7 @@ def measure_batches(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the layout of benchmarks/README.md")
-    parser.add_argument("--checkpoint", help="folder of another checkpoint, for throughput")
+    parser.add_argument("--checkpoint", help="folder of another checkpoint, for throughput and batches")
     parser.add_argument(
         "--only", nargs="+", choices=["throughput", "memory", "batches"], default=["throughput", "memory"]
     )
