@@ -18,7 +18,7 @@ from transformers import __version__ as transformers_version
 
 from .._version import __version__
 from ..cards.card_data import render_card
-from ..files import hash_file, write_json
+from ..files import hash_file, is_full_disk, write_json
 from ..finding import require_gem
 from ..modeling.gem_cache import write_tensors
 from .gguf_adapter import check_activated, save_activated
@@ -98,17 +98,12 @@ def _all_or_nothing(folder: Path) -> Iterator[Path]:
             folder.rmdir()
         (scratch / "whole").rename(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             raise
         message = f"The disk is full: {folder} was not written. Free some space, or choose another disk"
         raise OSError(errno.ENOSPC, message) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    """True for errors of a full disk, also as safetensors words them."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
 @torch.inference_mode()

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..files import is_full_disk
+
 ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Invalid|Interrupt))(?:: (.*))?$", re.MULTILINE)
 
 
@@ -16,7 +18,7 @@ class EncodeError(ValueError):
 def first_error(error: BaseException) -> Exception:
     """The error that an actor or a task met: as it is, if Ray brings it whole, or found in the text that Ray has."""
     cause, text = getattr(error, "cause", None), re.sub(r"\x1b\[[\d;]*m", "", str(error))
-    if "No space left on device" in text or "Errno 28" in text:
+    if is_full_disk(error):
         return OSError("The disk is full. What was written stays: free some space, and the same command goes on.")
     if isinstance(cause, (ValueError, OSError, ImportError)):
         return cause

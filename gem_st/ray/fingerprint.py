@@ -1,4 +1,4 @@
-"""The fingerprint beside the vectors: all that they depend on, by name, and what is refused when it differs."""
+"""The fingerprint beside the vectors: all that they depend on, by name."""
 
 from __future__ import annotations
 

@@ -174,8 +174,9 @@ def encode(config: EncodeConfig, *, say: Callable[[str], object] = print, shows_
         known, plan = make_plan(config, say)
         if not known:
             start_over(config)
-        note, before = make_note(config, plan), count_done(config.work / DONE, plan)
-        left = len(plan) - len(done_parts(config.work / DONE))
+        note, seen = make_note(config, plan), dict[str, set[int]]()
+        before = count_done(config.work / DONE, plan, seen)
+        left = len(plan) - len(done_parts(config.work / DONE, seen))
         with running_ray(config.address, config.num_actors, config.gpus_per_actor) as (num_actors, share):
             calibrates = config.precision == "int8" and note["ranges"] is None
             is_longer = 0 < len(known) < len(plan)
@@ -187,7 +188,7 @@ def encode(config: EncodeConfig, *, say: Callable[[str], object] = print, shows_
             if len(plan) > len(known):
                 write_plan(config.work / PLAN, plan)
             start = time.monotonic()
-            with plain_errors(), progress_of(config, plan, shows_progress):
+            with plain_errors(), progress_of(config, plan, seen, shows_progress):
                 if left:
                     write_parts(config, note, min(num_actors, left), num_threads(num_actors, config.address), share)
         return _finish(config, plan, before, time.monotonic() - start)
@@ -211,7 +212,7 @@ def write_parts(config: EncodeConfig, note: dict[str, Any], num_actors: int, thr
     from .unique import UniquePartManager
 
     options: dict[str, Any] = {"names": config.names.all, "output": str(config.output.resolve()), "note": note}
-    options |= {**config.encoder_options(), "ranges": note["ranges"], "num_threads": threads}
+    options |= {**config.encoder_options(), "num_threads": threads}
     options["report"] = str((config.work / REPORTS).resolve())
     checkpoint = CheckpointConfig(
         id_column=PART,
@@ -282,9 +283,9 @@ def count_done(folder: Path, plan: list[Part], seen: dict[str, set[int]] | None 
 
 
 @contextmanager
-def progress_of(config: EncodeConfig, plan: list[Part], is_shown: bool) -> Iterator[None]:
+def progress_of(config: EncodeConfig, plan: list[Part], seen: dict[str, set[int]], is_shown: bool) -> Iterator[None]:
     """A bar that follows the checkpoint, which is what a restart would find."""
-    done, over, seen = config.work / DONE, Event(), dict[str, set[int]]()
+    done, over = config.work / DONE, Event()
     total, initial = sum(part.num_rows for part in plan), count_done(done, plan, seen)
     with tqdm(total=total, initial=initial, unit="text", disable=not is_shown, smoothing=0.05) as bar:
 

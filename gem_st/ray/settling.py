@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json
+from ..files import read_json, to_json
 from .config import FINGERPRINT
 from .errors import EncodeError
 
@@ -30,10 +30,10 @@ def settle(output: str | Path, note: Mapping[str, Any], facts: Mapping[str, Any]
         EncodeError: If they differ, with both.
     """
     path = Path(output) / FINGERPRINT
-    content = json.dumps({**facts, **note}, indent=2, ensure_ascii=False, default=str)
+    content = to_json({**facts, **note})
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(f"{content}\n")
+            file.write(content)
     except FileExistsError:
         pass
     both = (read_patiently(path), json.loads(content))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ..files import read_json
 from ..hub.verifying import Check, Verification
-from .config import DONE, EMPTY, FINGERPRINT, NULL, PLAN, REPORT, VECTORS
+from .config import DONE, EMPTY, FINGERPRINT, NULL, PLAN, REPORT, REPORTS, VECTORS
 from .encoder import Encoder
 from .errors import EncodeError
 from .parts import PART, VECTOR, Part, find_repeated, hash_all, hash_ids, read_ids, read_part, read_plan, spread
@@ -86,7 +86,9 @@ def check_files(folder: Path) -> Check:
 def without_vector(folder: Path) -> set[Any]:
     """Ids of texts that have no vector, and are known to have none."""
     found = []
-    for path in [folder / REPORT] if (folder / REPORT).exists() else sorted((folder / "work/reports").glob("*.jsonl")):
+    for path in (
+        [folder / REPORT] if (folder / REPORT).exists() else sorted((folder / "work" / REPORTS).glob("*.jsonl"))
+    ):
         with path.open(encoding="utf-8") as lines:
             found += [json.loads(line) for line in lines]
     return {line["id"] for line in found if line["reason"] in (NULL, EMPTY)}

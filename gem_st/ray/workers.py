@@ -32,7 +32,7 @@ class PartEncoder:
         names: Columns to read.
         output: Folder of the run.
         note: See :func:`gem_st.ray.settling.settle`.
-        **options: Of :class:`gem_st.ray.Encoder`.
+        **options: Of :class:`gem_st.ray.Encoder`, but for the ranges, which the note has.
     """
 
     def __init__(self, names: list[str], output: str, note: dict[str, Any], **options: Any) -> None:
@@ -56,7 +56,7 @@ class PartEncoder:
         if not Path(self.output).is_dir():
             raise EncodeError(f"{self.output} is not there on {platform.node()}: all machines must see --output.")
         try:
-            encoder, facts, warnings = load(self.options)
+            encoder, facts, warnings = load({**self.options, "ranges": self.note["ranges"]})
         except (ValueError, OSError, ImportError) as error:
             raise EncodeError(" ".join(str(error).split())) from error
         if warnings:
@@ -98,11 +98,8 @@ def look_at(options: dict[str, Any], texts: list[str]) -> dict[str, Any]:
     """Load a checkpoint where the actors will; what is noted of it, ranges for int8, and what a sample costs."""
     import resource
 
-    from .fingerprint import describe_model
-
     encoder, facts, warnings = load({**options, "precision": "float32"})
-    names = ("prompt_name", "precision", "truncate_dim")
-    facts["fingerprint"] = describe_model(encoder.model, **{name: options[name] for name in names})
+    facts["fingerprint"]["precision"] = options["precision"]
     found: dict[str, Any] = {"facts": facts, "warnings": warnings}
     if texts:
         lengths = encoder.count_tokens(texts)

@@ -108,7 +108,7 @@ def make_actor(config, **changes) -> PartEncoder:
     """What a run hands the parts to, in this process."""
     note = make_note(config, read_plan(config.work / "plan.parquet")) | changes
     options = {**config.encoder_options(), "num_threads": num_threads(config.num_actors, None)}
-    return PartEncoder(config.names.all, str(config.output), note, **options, ranges=note["ranges"])
+    return PartEncoder(config.names.all, str(config.output), note, **options)
 
 
 def workers_of(process: psutil.Process, title: str = "ray::") -> list[psutil.Process]:
